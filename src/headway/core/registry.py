@@ -1,0 +1,80 @@
+"""The one table of what Headway offers: name -> ``module:Class``, imported only when used.
+
+Packages outside Headway add to it through entry points (group ``headway.methods``, ``headway.workloads`` ...), and a recipe may
+name any importable class as ``module:Class``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from headway.core.errors import HeadwayError, RecipeError, nearest
+
+TABLE: dict[str, dict[str, str]] = {
+    "methods": {
+        "ema": "headway.optim.ema:EMA",
+        "label-smoothing": "headway.layers.label_smoothing:LabelSmoothing",
+        "length-warmup": "headway.data.length_warmup:LengthWarmup",
+        "one-epoch": "headway.plan.one_epoch.method:OneEpoch",
+        "sam": "headway.optim.sam:SAM",
+        "token-accumulation": "headway.data.token_accumulation:TokenAccumulation",
+    },
+    "workloads": {
+        "language": "headway.workloads.language:Language",
+    },
+    "optimizers": {
+        "adamw": "headway.optim.adamw:AdamW",
+    },
+    "schedules": {
+        name: "headway.optim.schedules:Schedules" for name in ("constant", "cosine", "linear", "wsd", "inverse-sqrt")
+    },
+    "checkpointers": {
+        "plain": "headway.resilience.checkpoint:PlainCheckpointer",
+    },
+    "experiments": {
+        "one-epoch": "headway.experiments.one_epoch:experiment",
+        "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",
+    },
+}
+
+
+@cache
+def _installed(kind: str) -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=f"headway.{kind}")}
+
+
+def names(kind: str) -> list[str]:
+    """The names of one kind (``methods``, ``workloads`` ...), Headway's and those of installed packages."""
+    return sorted({**_installed(kind), **TABLE[kind]})
+
+
+def find(kind: str, name: str, where: str) -> Any:
+    """The object behind ``name``: a name of the table, of an entry point, or ``module:Class``.
+
+    Args:
+        where: the recipe path to blame.
+
+    Raises:
+        RecipeError: nobody knows the name, or its module cannot be imported.
+    """
+    target = TABLE[kind].get(name) or _installed(kind).get(name) or (name if ":" in str(name) else None)
+    if target is None:
+        singular = kind.removesuffix("s")
+        raise RecipeError(where, f"there is no {singular} {name!r}", hint=nearest(name, names(kind)))
+    module, _, attribute = target.partition(":")
+    if name == target and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe, as with `python -m`
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except HeadwayError:
+        raise
+    except ImportError as error:
+        raise RecipeError(where, f"cannot import {target!r} ({error})", hint="check the module's name") from error
+    except AttributeError as error:
+        members = [m for m in dir(importlib.import_module(module)) if not m.startswith("_")]
+        raise RecipeError(where, f"{module!r} has no {attribute!r}", hint=nearest(attribute, members)) from error

@@ -1,0 +1,127 @@
+"""The output head and its loss in one step: the logits of a few tokens at a time, never all of them.
+
+The gradient is computed in the forward pass, while a chunk's logits are there, so that they are neither kept
+nor computed twice: three matrix products per chunk in all, as in an ordinary head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+_CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk when the caller does not choose
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """All logits at once and autograd; see ``linear_cross_entropy``."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) * logit_scale  # [N, V]
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+    kept = targets != IGNORE
+    if z_loss:
+        loss = loss + z_loss * logits[kept].logsumexp(-1).square().sum()
+    return loss, kept.sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of the cross-entropy of ``softmax(logit_scale * hidden @ weight.T)``.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        targets: int64 [N]; -100 is ignored.
+        chunk: tokens whose logits exist at a time; by default as many as fit 64 MiB of fp32.
+        label_smoothing: share of the target's probability that is spread over the vocabulary.
+        z_loss: weight of the squared log-partition function (PaLM, section 5), added to each token's loss.
+        logit_scale: multiplies the logits.
+
+    Returns:
+        The sum (fp32 scalar; fp64 for fp64 input) and the number of tokens it is over (int64 scalar).
+        Gradients are exact, in the dtypes of ``hidden`` and ``weight``; there are no second derivatives.
+    """
+    if chunk is None:
+        chunk = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    grad = torch.is_grad_enabled()
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, label_smoothing, z_loss, logit_scale, grad)
+    return loss, (targets != IGNORE).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        label_smoothing: float,
+        z_loss: float,
+        logit_scale: float,
+        grad: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        need_hidden, need_weight = (grad and need for need in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        for start in range(0, hidden.shape[0], chunk):
+            x, y = hidden[start : start + chunk], targets[start : start + chunk]  # [C, D], [C]
+            logits = (x @ weight.T).to(wide)  # [C, V]
+            if logit_scale != 1.0:
+                logits *= logit_scale
+            kept = y != IGNORE
+            y = torch.where(kept, y, 0)[:, None]  # [C, 1]
+            z = logits.logsumexp(-1)  # [C]
+            loss_of_token = z - (1 - label_smoothing) * logits.gather(1, y)[:, 0]
+            if label_smoothing:
+                loss_of_token -= label_smoothing * logits.mean(-1)
+            if z_loss:
+                loss_of_token += z_loss * z.square()
+            loss += torch.where(kept, loss_of_token, 0.0).sum()
+            if not (need_hidden or need_weight):
+                continue
+            # d loss / d logits = (1 + 2 z_loss z) softmax - (1 - smoothing) onehot - smoothing / V
+            g = logits.sub_(z[:, None]).exp_()
+            if z_loss:
+                g *= (1 + 2 * z_loss * z)[:, None]
+            g.scatter_add_(1, y, torch.full_like(y, -(1 - label_smoothing), dtype=wide))
+            if label_smoothing:
+                g -= label_smoothing / weight.shape[0]
+            g = torch.where(kept[:, None], g * logit_scale, 0.0).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(g, weight, out=grad_hidden[start : start + chunk])
+            if grad_weight is not None:
+                grad_weight += g.T @ x
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
+            *(None,) * 6,
+        )

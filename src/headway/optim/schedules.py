@@ -65,15 +65,14 @@ class Schedule:
 
         Args:
             step: steps done before this one.
-            progress: share in [0, 1] of the budget used before this step; needed where the number of steps is not
-                known, preferred where it is.
+            progress: share in [0, 1] of the budget used before this step; looked at only where ``total_steps`` is None.
 
         Raises:
             RecipeError: neither the number of steps nor ``progress`` is known, and the schedule depends on it.
         """
-        if progress is not None:
-            return self._by_progress(step, min(max(progress, 0.0), 1.0))
         options, total = self.options, self.total_steps
+        if total is None and progress is not None:
+            return self._by_progress(step, min(max(progress, 0.0), 1.0))
         if total is None:
             if options.name not in ("constant", "inverse-sqrt") or isinstance(options.warmup, float):
                 raise RecipeError(

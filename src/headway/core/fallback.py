@@ -25,6 +25,12 @@ def use_log(log: FallbackLog) -> None:
     _current.set(log)
 
 
+def entries() -> list[dict[str, str]]:
+    """The fallbacks that this context has seen so far."""
+    log = _current.get()
+    return list(log.entries) if log else []
+
+
 def fallback(what: str, why: str, cost: str) -> None:
     """Say once that ``what`` replaces what was asked for, why, and at what cost.
 

@@ -67,3 +67,8 @@ def checksum(path: str | Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where Headway keeps what it can make again: ``$HEADWAY_CACHE``, else ``~/.cache/headway``."""
+    return Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway")

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from headway.optim.master import MasterOptimizer, lower_precision
+from headway.optim.options import OptimizerOptions
+
 _FUSED_ON = {"cpu", "cuda"}
 
 
@@ -50,3 +53,21 @@ def build_adamw(
         groups = [{"params": groups, "weight_decay": 0.0}]
     devices = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=devices <= _FUSED_ON)
+
+
+class AdamW:
+    """The registry's entry: AdamW on a model, over fp32 masters where the model trains in lower precision."""
+
+    Options = OptimizerOptions
+
+    @staticmethod
+    def build(model: nn.Module, options: OptimizerOptions, dtype: torch.dtype) -> torch.optim.Optimizer | MasterOptimizer:
+        """Round the model to ``dtype`` if that is not fp32, and make its optimizer."""
+
+        def inner(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return build_adamw(groups, options.lr, options.betas, options.eps)
+
+        if dtype == torch.float32:
+            return inner(param_groups(model, options.weight_decay))
+        masters = lower_precision(model, dtype)
+        return MasterOptimizer(param_groups(model, options.weight_decay), inner, masters)

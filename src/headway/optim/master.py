@@ -16,29 +16,52 @@ from torch import Tensor
 Groups = list[dict[str, Any]]
 
 
+def lower_precision(model: torch.nn.Module, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+    """Round the model's floating-point parameters to ``dtype`` in place; buffers stay as they are.
+
+    Returns:
+        Parameter -> its values before, for ``MasterOptimizer``; those that are not trained are left out.
+    """
+    before: dict[Tensor, Tensor] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            if parameter.requires_grad:
+                before[parameter] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+    return before
+
+
 class MasterOptimizer:
     """Any torch optimizer over fp32 masters of a model's parameters.
 
     Args:
         groups: parameter groups of the model. A parameter that is fp32 (or fp64) already is its own master.
         build: makes the inner optimizer from the same groups with the masters in place of the parameters.
+        masters: parameter -> its exact fp32 values, where ``lower_precision`` has kept them; they become the masters.
 
     A gradient is added to its master's as soon as the backward pass has produced it, and the low-precision one is
     freed; micro-batches are therefore summed in fp32 and no full set of low-precision gradients ever exists.
     """
 
-    def __init__(self, groups: Groups, build: Callable[[Groups], torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        build: Callable[[Groups], torch.optim.Optimizer],
+        masters: dict[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._given = masters or {}
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (parameter, master), low-precision ones only
         self._hooks: list[Any] = []
         self.params: list[Tensor] = []
         master_groups = [{**group, "params": [self._master(p) for p in group["params"]]} for group in groups]
         self.inner = build(master_groups)
+        self._given = {}
 
     def _master(self, parameter: Tensor) -> Tensor:
         if parameter.dtype in (torch.float32, torch.float64):
             self.params.append(parameter)
             return parameter
-        master = parameter.detach().float().requires_grad_()
+        master = self._given.get(parameter, parameter.detach()).float().requires_grad_()
         self.params.append(master)
         self._pairs.append((parameter, master))
         buffer: Tensor | None = None  # kept over the steps: fresh pages for every gradient are slow on a CPU
@@ -56,6 +79,11 @@ class MasterOptimizer:
 
         self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         return master
+
+    @property
+    def masters(self) -> dict[Tensor, Tensor]:
+        """Parameter -> its master, for the parameters of low precision."""
+        return dict(self._pairs)
 
     @property
     def param_groups(self) -> Groups:

@@ -1,0 +1,137 @@
+"""Train a recipe in a run directory: new, or where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from headway.core import meters
+from headway.core.build import DTYPES, build_trainer
+from headway.core.errors import HeadwayError, RecipeError
+from headway.core.fallback import entries
+from headway.core.files import write_json
+from headway.core.metrics import MetricsFile, MLflow, Observer, Record, TensorBoard, WandB, read_metrics
+from headway.core.recipe import Recipe
+from headway.core.run import Run, locked, next_run_directory
+from headway.core.trainer import Trainer
+
+# Keys that may differ between the recipe of a run directory and the one it is resumed with: they do not touch the mathematics.
+RESUMABLE = ("name", "log", "eval", "strict")
+
+
+def train(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    *,
+    run: str | Path | None = None,
+    fresh: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Run:
+    """Train, or go on training, until the recipe's budget is spent.
+
+    Args:
+        recipe: a recipe, a mapping, or the path of a recipe file.
+        run: the run directory; default ``runs/NAME-N``. One that already holds a part of this run is resumed.
+        fresh: start over in a directory that holds a run, which is deleted first.
+        observers: also told of every step, evaluation and checkpoint.
+
+    Raises:
+        HeadwayError: bad recipe, data or checkpoint, a method that changed nothing, or divergence; nothing is lost.
+        Interrupted: a signal arrived; the run was saved.
+    """
+    recipe = Recipe.load(recipe)
+    path = Path(run) if run else next_run_directory(recipe.name)
+    existed = path.exists()
+    if existed and not path.is_dir():
+        raise HeadwayError(str(path), "is a file, expected a directory for the run")
+    if existed and not (path / "recipe.yaml").is_file() and any(p.name != ".lock" for p in path.iterdir()):
+        raise HeadwayError(str(path), "is not empty and holds no run", hint="choose another directory with --run")
+    if (path / "recipe.yaml").is_file() and not fresh:
+        check_same_recipe(path, recipe)
+
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        trainer = build_trainer(recipe, path / "checkpoints", observers)
+        stack.enter_context(locked(path))
+        if fresh:
+            _clear(path)
+        stack.callback(trainer.checkpointer.close)
+        if (state := trainer.checkpointer.load()) is not None:
+            trainer.load_state_dict(state)
+            del state
+        recipe.save(path / "recipe.yaml")
+        trainer.workload.save_extras(path)
+        own: list[Observer] = [MetricsFile(path / "metrics.jsonl")]
+        own += [TensorBoard(path / "tensorboard")] if recipe.log.tensorboard else []
+        own += [{"wandb": WandB, "mlflow": MLflow}[sink](recipe) for sink in recipe.log.sinks]
+        for observer in own:
+            stack.callback(observer.close)
+        trainer.observers = [*own, *observers]
+        trainer.fit()
+        summary = summarize(trainer, path, time.perf_counter() - started)
+        write_json(path / "summary.json", summary)
+        for observer in trainer.observers:
+            observer.on_end(trainer, summary)
+    return Run(path)
+
+
+def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:
+    """What a run came to: rates are medians over the logged steps."""
+    rates = sorted(r["tokens_per_second"] for r in read_metrics(path / "metrics.jsonl") if "tokens_per_second" in r)
+    rate = rates[len(rates) // 2] if rates else trainer.tokens / max(trainer.seconds, 1e-9)
+    flops = trainer.workload.flops_per_token(trainer.model)
+    peak = meters.matmul_peak(DTYPES[trainer.recipe.train.precision], trainer.device)
+    metrics = {key: value for key, value in trainer.evaluation.items() if key not in ("step", "tokens")}
+    return {
+        **metrics,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "model_flops_utilization": rate * flops / peak,
+        "peak_memory_bytes": trainer.peak_memory_bytes,
+        "process_peak_bytes": meters.process_peak_bytes(),
+        "device_peak_bytes": meters.device_peak_bytes(trainer.device),
+        "train_seconds": trainer.seconds,
+        "wall_seconds": wall_seconds,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "methods": trainer.changes,
+        "fallbacks": entries(),
+        "hardware": meters.hardware(),
+        "versions": meters.versions(),
+    }
+
+
+def check_same_recipe(path: Path, recipe: Recipe) -> None:
+    """Refuse to resume a run with a recipe that would have made another run.
+
+    A longer budget is the same run where the schedule does not depend on its length.
+
+    Raises:
+        RecipeError: naming the keys that differ.
+    """
+    ours, theirs = _flat(recipe.to_dict()), _flat(Run(path).recipe.to_dict())
+    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    different = [k for k in different if k.split(".")[0] not in RESUMABLE]
+    if recipe.schedule.name in ("constant", "inverse-sqrt"):  # type: ignore[attr-defined]
+        different = [k for k in different if k not in ("train.steps", "train.tokens", "train.time")]
+    if different:
+        shown = ", ".join(f"{k} (was {theirs.get(k)!r}, now {ours.get(k)!r})" for k in different[:4])
+        raise RecipeError(different[0], f"{path} was started with another recipe: {shown}",
+                          hint="name another directory with --run, or start over with --fresh")  # fmt: skip
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    return {prefix: value}
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name == ".lock":
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

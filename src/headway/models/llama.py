@@ -1,0 +1,234 @@
+"""The Llama family, top to bottom: Llama, Mistral, Qwen2 and Qwen3 are settings of it.
+
+Pre-norm blocks (RMSNorm), rotary positions with their scalings, grouped-query attention with optional QK norm, biases
+and sliding window, SwiGLU, a tied or separate head. Queries, keys and values come from one matrix product, and so do
+gate and up: fewer and larger products.
+
+Shapes: B batch, T new tokens, S keys, D hidden, H heads, Hkv key and value heads, hd head width, F intermediate,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headway.layers.attention import attention
+from headway.layers.norm import RMSNorm
+from headway.layers.rope import apply_rope, rope_frequencies, rope_tables
+from headway.layers.swiglu import swiglu
+from headway.models.cache import KVCache
+from headway.models.config import LlamaConfig
+from headway.models.structure import Structure
+
+__all__ = ["Attention", "Block", "FeedForward", "Llama"]
+
+
+class Llama(nn.Module):
+    """A causal language model of the Llama family; ``build_model`` gives it its weights."""
+
+    residual_projections = ("attention.out.weight", "mlp.down.weight")
+    """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
+    plain_head = True
+    """The logits are ``hidden @ head_weight.T`` and nothing else."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab, self.context = config.vocabulary, config.context
+        self.embedding = nn.Embedding(self.vocab, config.hidden)
+        self.rope = Rope(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
+
+    def embed(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the first block gets, and what every block gets beside it: ``x = block(x, **shared)``.
+
+        Positions are relative, so that packed documents need no restart of theirs.
+        """
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache exclude each other: a cache holds one document per row")
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(start, end, device=tokens.device)  # [T]
+        elif self.rope.dynamic:
+            end = int(positions.max()) + 1
+        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
+        return x, {"rope": self.rope(positions, end, x.dtype), "segments": segments, "cache": cache}
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The residual stream after the final norm.
+
+        Args:
+            tokens: int64 [B, T].
+            positions: integer [T] or [B, T]; by default they count on from the cache's length.
+            segments: integer [B, T], the document of each token; attention stays within a document. Not with a cache.
+            cache: from ``new_cache``; it takes up the new tokens.
+
+        Returns:
+            [B, T, D].
+        """
+        x, shared = self.embed(tokens, positions=positions, segments=segments, cache=cache)
+        for block in self.blocks:
+            x = block(x, **shared)
+        return self.norm(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V]; arguments as for ``hidden``."""
+        hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the embedding itself where the head is tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def structure(self) -> Structure:
+        """The parts that methods work on."""
+        return Structure(self.embedding, self.blocks, self.norm, self.head or self.embedding)
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Floating-point operations of a forward and backward pass per token, in sequences of ``sequence`` tokens.
+
+        Six per weight of a matrix product, and ``12 H hd`` per key for attention. The causal half that a kernel may
+        skip counts, as is customary (PaLM, appendix B); keys outside a sliding window do not.
+        """
+        config = self.config
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + self.head_weight.numel()
+        keys = sum(min(sequence, config.window_of(layer) or sequence) for layer in range(config.layers))
+        return 6.0 * weights + 12.0 * config.heads * config.head_width * keys
+
+    def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for ``batch`` sequences of up to ``length`` tokens; by default in the dtype of the weights."""
+        config, weight = self.config, self.embedding.weight
+        windows = [config.window_of(layer) for layer in range(config.layers)]
+        return KVCache(
+            batch, length, windows, config.kv_head_count, config.head_width, dtype or weight.dtype, weight.device
+        )
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised copy and added back."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        y = self.attention(self.attention_norm(x), rope, segments, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.mlp_norm(x))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window = layer, config.window_of(layer)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_head_count, config.head_width
+        self.qkv = nn.Linear(config.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, hd]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, hd]
+        y = attention(q, k, v, segments=segments, window=self.window, offset=k.shape[2] - T)  # [B, H, T, hd]
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden, 2 * config.intermediate_width, bias=False)
+        self.down = nn.Linear(config.intermediate_width, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
+        return self.down(swiglu(gate, up))
+
+
+class Rope:
+    """The rotary tables of one model.
+
+    No module and no buffer: ``model.to(torch.bfloat16)`` would round the frequencies, and far positions with them.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.config = config
+        self.dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
+        with torch.device("cpu"):  # also while the model itself is made on the meta device
+            self.frequencies, self.attention_factor = self._frequencies(None)
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def __call__(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [.., T, hd/2] of ``positions``; ``length`` is the sequence's, for ``dynamic`` scaling."""
+        if self.dynamic and length > self.config.context:
+            frequencies = self._frequencies(length)[0].to(positions.device)
+        else:
+            frequencies = self._on_device.get(positions.device, self.frequencies)
+            if frequencies.device != positions.device:
+                frequencies = self._on_device[positions.device] = frequencies.to(positions.device)
+        return rope_tables(frequencies, positions, dtype, self.attention_factor)
+
+    def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
+        config = self.config
+        return rope_frequencies(
+            config.head_width, config.rope_theta, config.rope_scaling, config.context, length=length
+        )

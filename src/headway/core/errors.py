@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,6 +58,14 @@ class CheckpointError(HeadwayError):
 
 class DivergedError(HeadwayError):
     """Training produced a loss or gradient that is not finite."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal; it finished its step and saved."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -35,20 +35,12 @@ import torch
 from torch import nn
 
 from headway.core import state as run_state
-from headway.core.errors import CheckpointError, DivergedError
+from headway.core.errors import CheckpointError, DivergedError, Interrupted
 from headway.core.meters import live_peak, synchronize
 from headway.core.method import ForwardBackward, Gradients, Loss, Method, Schedule, Update, Weights
 from headway.core.metrics import Observer, Record
 from headway.core.recipe import Recipe
 from headway.core.workload import StepBatch, Workload
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Training was asked to stop by a signal; it finished its step and saved."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
 
 
 @dataclass

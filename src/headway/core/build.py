@@ -50,9 +50,7 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     stream = wrap(methods, "stream", workload.stream())
     schedule_part = registry.find("schedules", recipe.schedule.name, "schedule.name")  # type: ignore[attr-defined]
     by_steps = recipe.train.tokens is None and recipe.train.time is None
-    schedule = wrap(
-        methods, "schedule", schedule_part.build(recipe.schedule, recipe.train.steps if by_steps else None)
-    )
+    schedule = wrap(methods, "schedule", schedule_part.build(recipe.schedule, recipe.train.steps if by_steps else None))
 
     def forward_backward(micro: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
         loss_sum, _ = loss(model, micro)

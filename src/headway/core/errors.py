@@ -21,9 +21,7 @@ class HeadwayError(Exception):
         hint: what to do.
     """
 
-    def __init__(
-        self, where: str, what: str = "", *, got: Any = _MISSING, expected: str = "", hint: str = ""
-    ) -> None:
+    def __init__(self, where: str, what: str = "", *, got: Any = _MISSING, expected: str = "", hint: str = "") -> None:
         self.where, self.what, self.expected, self.hint = where, what, expected, hint
         parts = [f"{where}: {what}" if what else where]
         if got is not _MISSING:

@@ -223,7 +223,9 @@ def wrap(methods: list[Method], point: str, part: Any) -> Any:
     for method in methods:
         wrapped = getattr(method, point)(part)
         if wrapped is None and part is not None:
-            raise MethodError(method.where, f"returned nothing at the point {point!r}", hint="return the part it was given")
+            raise MethodError(
+                method.where, f"returned nothing at the point {point!r}", hint="return the part it was given"
+            )
         part = wrapped
     return part
 
@@ -237,5 +239,7 @@ def check_changes(methods: list[Method]) -> dict[str, list[str]]:
     changed = {method.card.name: [str(change) for change in method.changes()] for method in methods}
     for method in methods:
         if not changed[method.card.name]:
-            raise MethodError(method.where, "changed nothing in this run", hint="remove it, or give it something to act on")
+            raise MethodError(
+                method.where, "changed nothing in this run", hint="remove it, or give it something to act on"
+            )
     return changed

@@ -117,7 +117,9 @@ class WandB(Observer):
     """Weights & Biases (extra ``wandb``)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.run = require("wandb", "wandb", "log.sinks").init(project="headway", name=recipe.name, config=recipe.to_dict())
+        self.run = require("wandb", "wandb", "log.sinks").init(
+            project="headway", name=recipe.name, config=recipe.to_dict()
+        )
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
         """Send the line."""

@@ -128,7 +128,9 @@ class Recipe(Options):
         kinds = {
             "model": workload.model_options(section["model"]),
             "data": workload.data_options(section["data"]),
-            "optimizer": registry.find("optimizers", section["optimizer"].get("name", "adamw"), "optimizer.name").Options,
+            "optimizer": registry.find(
+                "optimizers", section["optimizer"].get("name", "adamw"), "optimizer.name"
+            ).Options,
             "schedule": registry.find("schedules", section["schedule"].get("name", "cosine"), "schedule.name").Options,
             "checkpoint": registry.find(
                 "checkpointers", section["checkpoint"].get("mode", "plain"), "checkpoint.mode"
@@ -165,7 +167,10 @@ class Recipe(Options):
         """JSON schema of recipe files, for editors: every family, every method, every option."""
         fields: dict[str, Any] = {}
         for name, info in cls.model_fields.items():
-            fields[name] = (info.annotation, info if name in ("name", "workload") else Field(None, description=info.description))
+            fields[name] = (
+                info.annotation,
+                info if name in ("name", "workload") else Field(None, description=info.description),
+            )
         workload = registry.find("workloads", "language", "workload")
         families = workload.model_families()
         union: Any = families[0]
@@ -284,6 +289,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key) if isinstance(key, str) else None
         return super().construct_mapping(node, deep)

@@ -84,7 +84,9 @@ def locked(path: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             owner = file.read().strip()
-            raise HeadwayError(str(path), f"another process{f' ({owner})' if owner else ''} is training in it") from None
+            raise HeadwayError(
+                str(path), f"another process{f' ({owner})' if owner else ''} is training in it"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -31,7 +31,9 @@ def refresh_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The model's persistent buffers and its parameters as fp32 masters."""
-    buffers = {k: v for k, v in model.state_dict().items() if k not in dict(model.named_parameters(remove_duplicate=False))}
+    buffers = {
+        k: v for k, v in model.state_dict().items() if k not in dict(model.named_parameters(remove_duplicate=False))
+    }
     return {**master_weights(model, optimizer), **buffers}
 
 
@@ -43,7 +45,9 @@ def load_model_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     """
     own = model_state(model, optimizer)
     if missing := own.keys() ^ state.keys():
-        raise CheckpointError("checkpoint", f"holds other weights than this model: {', '.join(sorted(missing)[:4])} ...")
+        raise CheckpointError(
+            "checkpoint", f"holds other weights than this model: {', '.join(sorted(missing)[:4])} ..."
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
@@ -57,9 +61,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """Parameter name -> its optimizer state."""
     inner = getattr(optimizer, "inner", optimizer)
     return {
-        name: dict(inner.state[master])
-        for name, master in _trained(model, optimizer).items()
-        if master in inner.state
+        name: dict(inner.state[master]) for name, master in _trained(model, optimizer).items() if master in inner.state
     }
 
 
@@ -72,11 +74,15 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     inner = getattr(optimizer, "inner", optimizer)
     trained = _trained(model, optimizer)
     if unknown := state.keys() - trained.keys():
-        raise CheckpointError("checkpoint", f"holds optimizer state of unknown parameters: {', '.join(sorted(unknown)[:4])}")
+        raise CheckpointError(
+            "checkpoint", f"holds optimizer state of unknown parameters: {', '.join(sorted(unknown)[:4])}"
+        )
     for name, values in state.items():
         master = trained[name]
         inner.state[master] = {
-            key: value.to(value.device if value.ndim == 0 else master.device).clone() if isinstance(value, torch.Tensor) else value
+            key: value.to(value.device if value.ndim == 0 else master.device).clone()
+            if isinstance(value, torch.Tensor)
+            else value
             for key, value in values.items()
         }
 

@@ -1,22 +1,22 @@
 """The training loop, and the points at which methods act on it.
 
-    assemble                                                 points, in this order (core/build.py)
-        model configuration -> model -> optimizer            model_config, model, optimizer
-        loss, batches, learning rate                         loss, stream, schedule
-        one micro-batch, the gradients, the update           forward_backward, gradients, update
-        weights to evaluate, saving                          weights, checkpointer
-    load the newest checkpoint
-    until the budget of steps, tokens or time is spent:
-        batch = next(stream)                                 stream
-        for each micro-batch:
-            forward_backward(micro-batch)                    forward_backward, which calls loss
-        gradients()                                          gradients
-        set the learning rate                                schedule
-        update()                                             update, which calls optimizer
-        log
-        evaluate, now and then, inside weights()             weights
-        save, now and then                                   checkpointer
-    evaluate and save
+assemble                                                 points, in this order (core/build.py)
+    model configuration -> model -> optimizer            model_config, model, optimizer
+    loss, batches, learning rate                         loss, stream, schedule
+    one micro-batch, the gradients, the update           forward_backward, gradients, update
+    weights to evaluate, saving                          weights, checkpointer
+load the newest checkpoint
+until the budget of steps, tokens or time is spent:
+    batch = next(stream)                                 stream
+    for each micro-batch:
+        forward_backward(micro-batch)                    forward_backward, which calls loss
+    gradients()                                          gradients
+    set the learning rate                                schedule
+    update()                                             update, which calls optimizer
+    log
+    evaluate, now and then, inside weights()             weights
+    save, now and then                                   checkpointer
+evaluate and save
 """
 
 from __future__ import annotations
@@ -197,8 +197,12 @@ class Trainer:
         """
         if state["changes"] != self.changes:
             before, now = sorted(state["changes"]), sorted(self.changes)
-            what = f"was made with methods {before}, now {now}" if before != now else "methods changed other things then"
-            raise CheckpointError("methods", f"the checkpoint {what}", hint="resume with the same recipe, or start a new run")
+            what = (
+                f"was made with methods {before}, now {now}" if before != now else "methods changed other things then"
+            )
+            raise CheckpointError(
+                "methods", f"the checkpoint {what}", hint="resume with the same recipe, or start a new run"
+            )
         run_state.load_model_state(self.model, self.optimizer, state["model"])
         run_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.stream.load_state_dict(state["stream"])  # type: ignore[attr-defined]

@@ -1,0 +1,146 @@
+"""Language modelling: predict the next token of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from headway.core.errors import RecipeError, nearest
+from headway.core.method import Loss
+from headway.core.options import Options
+from headway.core.workload import StepBatch, Workload
+from headway.data.loader import Stream
+from headway.data.options import DataOptions
+from headway.data.pipeline import Data, build_data
+from headway.layers.linear_cross_entropy import linear_cross_entropy
+from headway.models.build import build_model
+from headway.models.config import FAMILIES
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """Cross-entropy of the next token, summed over the batch; the logits are made a chunk at a time and never kept.
+
+    Called with a model and ``tokens``, ``targets`` (and ``segments``, of packed documents) of shape [B, T]; returns the sum in fp32
+    and the number of targets that are not -100.
+    """
+
+    label_smoothing: float = 0.0
+    chunk: int | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss and the number of targets."""
+        hidden = model.hidden(batch["tokens"], segments=batch.get("segments"))  # type: ignore[operator]  # [B, T, D]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            model.head_weight,  # type: ignore[arg-type]
+            batch["targets"].flatten(),
+            label_smoothing=self.label_smoothing,
+            chunk=self.chunk,
+        )
+
+
+class Language(Workload):
+    """A decoder on packed text; metrics are the mean loss per token and bits per byte of the validation text."""
+
+    @staticmethod
+    def model_families() -> tuple[type[Options], ...]:
+        """Llama, GPT-2, and any causal LM of transformers."""
+        return tuple(FAMILIES.values())
+
+    @staticmethod
+    def model_options(raw: dict[str, Any]) -> type[Options]:
+        """By ``model.family``, Llama where it is not given."""
+        family = raw.get("family", "llama")
+        if family not in FAMILIES:
+            raise RecipeError(
+                "model.family", got=family, expected=" or ".join(FAMILIES), hint=nearest(str(family), FAMILIES)
+            )
+        return FAMILIES[family]
+
+    @staticmethod
+    def data_options(raw: dict[str, Any]) -> type[Options]:
+        """The same for every model."""
+        return DataOptions
+
+    @cached_property
+    def data(self) -> Data:
+        """The tokenizer and the packed training and validation text."""
+        return build_data(self.recipe.data, self.recipe.seed)  # type: ignore[arg-type]
+
+    def model_config(self) -> Options:
+        """The recipe's model with the tokenizer's vocabulary filled in.
+
+        Raises:
+            RecipeError: the vocabulary is too small for the tokenizer, or the context for the sequences.
+        """
+        config: Any = self.recipe.model
+        tokenizer, sequence = self.data.tokenizer, self.recipe.data.sequence  # type: ignore[attr-defined]
+        if config.vocab is None:
+            config = config.model_copy(update={"vocab": tokenizer.vocab})
+        if config.vocab < tokenizer.vocab:
+            raise RecipeError("model.vocab", got=config.vocab, expected=f"at least {tokenizer.vocab}, the tokenizer's vocabulary",
+                              hint="leave it out to take the tokenizer's")  # fmt: skip
+        if sequence > getattr(config, "context", sequence):
+            raise RecipeError("data.sequence", got=sequence, expected=f"at most model.context ({config.context})")
+        return config
+
+    def build_model(self, config: Options) -> nn.Module:
+        """Random weights from the recipe's seed, or those that ``train.from`` names."""
+        if self.recipe.train.from_:
+            from headway.workloads.load import load_weights
+
+            return load_weights(self.recipe.train.from_, config, self.data.tokenizer)
+        return build_model(config, seed=self.recipe.seed)
+
+    def compile(self, model: nn.Module) -> None:
+        """Each block apart: one graph serves all of them, and the rest stays readable in a traceback."""
+        for block in model.structure().blocks:  # type: ignore[operator]
+            block.compile()
+
+    def loss(self) -> Loss:
+        """Next-token cross-entropy."""
+        return NextTokenLoss()
+
+    def stream(self) -> Iterator[StepBatch]:
+        """The training sequences in the order of the seed."""
+        train, data = self.recipe.train, self.recipe.data
+        return Stream(
+            self.data.train,
+            batch=train.batch,
+            micro_batch=train.micro_batch or train.batch,
+            seed=self.recipe.seed,
+            max_passes=data.max_passes,  # type: ignore[attr-defined]
+            on_exhausted=data.on_exhausted,  # type: ignore[attr-defined]
+        )
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Mean loss per target token and bits per byte, over the same validation sequences each time."""
+        options, data = self.recipe.eval, self.data
+        size = options.batch or self.recipe.train.micro_batch or self.recipe.train.batch
+        total = math.ceil(len(data.validation) / size)
+        loss, loss_sum, targets = NextTokenLoss(), 0.0, 0
+        for index in range(min(options.batches or total, total)):
+            wanted = range(index * size, min((index + 1) * size, len(data.validation)))
+            batch = {key: value.to(device) for key, value in data.validation.batch(list(wanted)).items()}
+            batch_sum, count = loss(model, batch)
+            loss_sum, targets = loss_sum + float(batch_sum), targets + int(count)
+        mean = loss_sum / targets
+        return {"eval_loss": mean, "bits_per_byte": mean / math.log(2) / data.bytes_per_token}
+
+    def flops_per_token(self, model: nn.Module) -> float:
+        """As the model counts them for sequences of ``data.sequence`` tokens."""
+        return model.flops_per_token(self.recipe.data.sequence)  # type: ignore[operator, attr-defined]
+
+    def save_extras(self, folder: Path) -> None:
+        """The tokenizer, and the complete model configuration."""
+        self.data.tokenizer.save(folder)

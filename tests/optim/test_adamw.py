@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from headway.optim.adamw import build_adamw, param_groups
-from headway.optim.clip import clip_
+from headway.core.clip import clip_
 
 
 def test_only_matrices_decay_and_a_tied_one_once():

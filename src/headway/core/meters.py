@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -42,8 +43,8 @@ def live_bytes(device: torch.device) -> int:
 def live_peak(function: Callable[[], R], device: torch.device | str = "cpu") -> tuple[R, int]:
     """Run ``function``; also return the highest number of bytes of tensor storage alive on ``device`` meanwhile.
 
-    What the allocator hands out is counted, so temporaries inside fused and compiled code count too. The figure is the same on every
-    machine and every time; on a GPU it is the caching allocator's peak of allocated bytes.
+    What the allocator hands out is counted, so temporaries inside fused and compiled code count too. The figure is
+    the same on every machine and every time; on a GPU it is the caching allocator's peak of allocated bytes.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -119,7 +120,7 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, fresh: bool = False) -> float:
-    """The machine's matrix-product peak in FLOP/s, measured once per machine, torch and number of threads, then remembered."""
+    """The matrix-product peak in FLOP/s, measured once per machine, torch and number of threads."""
     path = cache_folder() / "matmul-peak.json"
     facts = hardware()
     key = "|".join(str(v) for v in (facts["gpu"] if device.type == "cuda" else facts["cpu"], device.type, str(dtype),
@@ -156,10 +157,9 @@ def versions() -> dict[str, str]:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     except OSError:
         pass
     return platform.processor() or platform.machine()

@@ -76,14 +76,15 @@ class Change:
 
 
 class Method:
-    """Base of every method. Override the points it needs; each takes a part of the run and returns one of the same kind.
+    """Base of every method. Override the points it needs; each takes a part of the run and returns one of the same
+    kind.
 
-    A point that is not overridden leaves its part alone. Call ``self.changed(...)`` wherever something was really changed: a method
-    without changes stops the run, since a switch that does nothing is a mistake.
+    A point that is not overridden leaves its part alone. Call ``self.changed(...)`` wherever something was really
+    changed: a method without changes stops the run, since a switch that does nothing is a mistake.
     """
 
     card: ClassVar[Card]
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[Any] = Options
 
     def __init__(self, options: Any, recipe: Recipe) -> None:
         self.options, self.recipe = options, recipe
@@ -177,7 +178,8 @@ def resolve(recipe: Recipe) -> list[Method]:
     The order depends on the cards and names alone, never on the order in the recipe.
 
     Raises:
-        MethodError: two methods exclude each other, one needs another, one cannot serve this recipe, or the order is circular.
+        MethodError: two methods exclude each other, one needs another, one cannot serve this recipe, or the order is
+        circular.
     """
     methods: dict[str, Method] = {}
     for key in sorted(recipe.methods):
@@ -187,7 +189,7 @@ def resolve(recipe: Recipe) -> list[Method]:
         if cls.card.name in methods:
             raise MethodError(f"methods.{key}", f"is the method {cls.card.name!r} a second time")
         methods[cls.card.name] = cls(recipe.methods[key], recipe)
-    for name, method in methods.items():
+    for method in methods.values():
         for other, sentence in method.card.needs.items():
             if other not in methods:
                 raise MethodError(method.where, f"needs {other}: {sentence}", hint=f"add methods.{other}")

@@ -1,4 +1,4 @@
-"""What watches a run: observers. The metrics file, TensorBoard and the optional services are observers like any other."""
+"""What watches a run: observers. The metrics file, TensorBoard and the optional services are such."""
 
 from __future__ import annotations
 

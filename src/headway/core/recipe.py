@@ -1,7 +1,8 @@
 """The recipe: a YAML file or a Python object that fully determines a run.
 
-Sections that belong to a part (``model``, ``data``, ``optimizer``, ``schedule``, ``checkpoint``, each method) are typed by that part's
-own ``Options``; this file only finds the part and asks it. The top-level keys are frozen by a test.
+Sections that belong to a part (``model``, ``data``, ``optimizer``, ``schedule``, ``checkpoint``, each method) are
+typed by that part's own ``Options``; this file only finds the part and asks it. The top-level keys are frozen by a
+test.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field, SerializeAsAny, create_model
 from headway.core import registry
 from headway.core.errors import RecipeError, nearest
 from headway.core.files import write_text
-from headway.core.options import Options, field_names, parse_options
+from headway.core.options import Options, parse_options
 from headway.core.units import Count, Seconds
 
 __all__ = ["EvalOptions", "LogOptions", "Options", "Recipe", "TrainOptions", "parse_override"]
@@ -88,13 +89,13 @@ class Recipe(Options):
     """The optimizer, by `optimizer.name`, with its options."""
     schedule: SerializeAsAny[Options]
     """The learning-rate schedule, by `schedule.name`, with its options."""
-    eval: EvalOptions = EvalOptions()
+    eval: EvalOptions = Field(default_factory=EvalOptions)
     """Evaluation on the validation split."""
-    log: LogOptions = LogOptions()
+    log: LogOptions = Field(default_factory=LogOptions)
     """What is written down while training."""
     checkpoint: SerializeAsAny[Options]
     """When and how the run is saved, by `checkpoint.mode`."""
-    methods: dict[str, SerializeAsAny[Options]] = {}
+    methods: dict[str, SerializeAsAny[Options]] = Field(default_factory=dict)
     """The switched-on methods: `{name: {option: value}}`; an empty mapping takes the method's defaults."""
     strict: bool = False
     """Turn every fallback into an error."""
@@ -163,7 +164,7 @@ class Recipe(Options):
         return Recipe.load(self, overrides)
 
     @classmethod
-    def schema(cls) -> dict[str, Any]:
+    def file_schema(cls) -> dict[str, Any]:
         """JSON schema of recipe files, for editors: every family, every method, every option."""
         fields: dict[str, Any] = {}
         for name, info in cls.model_fields.items():
@@ -185,7 +186,7 @@ class Recipe(Options):
             name.replace("-", "_"): (registry.find("methods", name, "methods").Options | None, Field(None, alias=name))
             for name in registry.names("methods")
         }
-        fields["methods"] = (create_model("Methods", __base__=Options, **methods), fields["methods"][1])
+        fields["methods"] = (create_model("Methods", __base__=Options, **methods), fields["methods"][1])  # type: ignore[call-overload]
         fields["base"] = (str | None, Field(None, description="A recipe file, relative to this one, to start from."))
         return create_model("Recipe", __base__=Options, **fields).model_json_schema(by_alias=True)
 
@@ -207,7 +208,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(str(path), "inherits from itself through base:")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
@@ -236,8 +237,8 @@ def _with_base(raw: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> dic
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid on ``under``, mapping by mapping; ``null`` removes a key.
 
-    A section whose kind changes (``model.family``, ``optimizer.name`` ...) starts from nothing: the old kind's options do not
-    fit the new one.
+    A section whose kind changes (``model.family``, ``optimizer.name`` ...) starts from nothing: the old kind's
+    options do not fit the new one.
     """
     result = dict(under)
     for key, value in over.items():

@@ -1,7 +1,7 @@
 """The one table of what Headway offers: name -> ``module:Class``, imported only when used.
 
-Packages outside Headway add to it through entry points (group ``headway.methods``, ``headway.workloads`` ...), and a recipe may
-name any importable class as ``module:Class``.
+Packages outside Headway add to it through entry points (group ``headway.methods``, ``headway.workloads`` ...), and a
+recipe may name any importable class as ``module:Class``.
 """
 
 from __future__ import annotations

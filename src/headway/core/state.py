@@ -1,7 +1,8 @@
 """The state of a training in terms of parameter names and fp32 master weights.
 
-Optimizers number their parameters; names survive surgery, other layouts and other optimizers. A low-precision run keeps fp32 masters
-inside its optimizer, and those, not their rounded copies, are the state to save, average or hand over.
+Optimizers number their parameters; names survive surgery, other layouts and other optimizers. A low-precision run
+keeps fp32 masters inside its optimizer, and those, not their rounded copies, are the state to save, average or hand
+over.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 def rng_state() -> dict[str, Any]:
     """The states of every random generator that training may draw from."""
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": _listed(random.getstate()),

@@ -19,7 +19,8 @@ from headway.core.recipe import Recipe
 from headway.core.run import Run, locked, next_run_directory
 from headway.core.trainer import Trainer
 
-# Keys that may differ between the recipe of a run directory and the one it is resumed with: they do not touch the mathematics.
+# Keys that may differ between the recipe of a run directory and the one it is resumed with: they do not touch the
+# mathematics.
 RESUMABLE = ("name", "log", "eval", "strict")
 
 

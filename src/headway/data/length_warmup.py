@@ -1,6 +1,7 @@
 """Sequence-length warm-up: begin with short sequences, cut from the same batches, and lengthen them.
 
-Source: Li, Zhang and He, "The Stability-Efficiency Dilemma" (arXiv 2108.06084), section 4: a linear pacing of the sequence length.
+Source: Li, Zhang and He, "The Stability-Efficiency Dilemma" (arXiv 2108.06084), section 4: a linear pacing of the
+sequence length.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from headway.core.workload import StepBatch
 
 
 def paced_length(step: int, first: int, last: int, steps: int, multiple: int = 8) -> int:
-    """The sequence length of ``step`` (from 0), in tokens: linear from ``first`` to ``last`` over ``steps``, rounded down.
+    """The sequence length of ``step`` (from 0), in tokens: linear from ``first`` to ``last`` over ``steps``, rounded
+    down.
 
     Source: section 4, equation for the pacing function; a multiple of 8 keeps matrix products aligned.
     """
@@ -45,7 +47,7 @@ class LengthWarmup(Method):
         name="length-warmup",
         title="Sequence-length warm-up",
         paper="Li, Zhang and He 2021, arXiv 2108.06084",
-        summary="Trains on short sequences first and lengthens them linearly; what is cut off is not seen again in that pass.",
+        summary="Trains on short sequences first and lengthens them; what is cut off is not seen in that pass.",
         exact=False,
         approximates="the plain order of tokens: the tails of early sequences are left out",
         buys="cheaper and calmer first steps, so a higher learning rate or larger batch holds",

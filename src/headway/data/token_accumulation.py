@@ -1,7 +1,8 @@
 """Accumulate gradients until a step has seen a number of target tokens, whatever each sequence holds.
 
-With padding, prompts that do not count, or masked documents, equal numbers of sequences are unequal numbers of targets; a step by
-tokens keeps the noise of the gradient even. Source: the token-based batches of Ott et al. (arXiv 1806.00187), section 3.
+With padding, prompts that do not count, or masked documents, equal numbers of sequences are unequal numbers of
+targets; a step by tokens keeps the noise of the gradient even. Source: the token-based batches of Ott et al. (arXiv
+1806.00187), section 3.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class TokenAccumulation(Method):
         name="token-accumulation",
         title="Gradient accumulation by tokens",
         paper="Ott et al. 2018, arXiv 1806.00187",
-        summary="Makes an optimizer step of as many batches as reach a number of target tokens; the loss is their token mean.",
+        summary="Joins batches until an optimizer step has a number of targets; the loss is their token mean.",
         exact=False,
         approximates="nothing: steps are larger and fewer; each step's gradient is the exact token mean",
         buys="an even number of targets per step where sequences differ in theirs, and large batches in little memory",
@@ -47,7 +48,7 @@ class TokenAccumulation(Method):
 
 
 class JoinedStream:
-    """Takes batches from ``stream`` until they hold ``targets`` targets; the last step of exhausted data may hold fewer."""
+    """Takes batches until they hold ``targets`` targets; the last step of exhausted data may hold fewer."""
 
     def __init__(self, stream: Any, targets: int) -> None:
         self.stream, self.targets = stream, targets

@@ -1,6 +1,7 @@
 """Label smoothing: train towards a mixture of the target and the uniform distribution.
 
-Source: Szegedy et al. (arXiv 1512.00567), section 7. The mathematics is ``label_smoothing`` of ``linear_cross_entropy``.
+Source: Szegedy et al. (arXiv 1512.00567), section 7. The mathematics is ``label_smoothing`` of
+``linear_cross_entropy``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class LabelSmoothing(Method):
             MethodError: the workload's loss has no targets to smooth.
         """
         if not (dataclasses.is_dataclass(loss) and hasattr(loss, "label_smoothing")):
-            raise MethodError(self.where, f"cannot smooth the loss of workload {self.recipe.workload!r}",
-                              hint="it works on losses with a label_smoothing field, such as next-token cross-entropy")  # fmt: skip
+            raise MethodError(
+                self.where,
+                f"cannot smooth the loss of workload {self.recipe.workload!r}",
+                hint="it works on losses with a label_smoothing field, such as next-token cross-entropy",
+            )
         self.changed("loss smoothed", 1, f"{self.options.amount:g} of the probability spread over the vocabulary")
         return dataclasses.replace(loss, label_smoothing=self.options.amount)  # type: ignore[type-var]

@@ -61,7 +61,9 @@ class AdamW:
     Options = OptimizerOptions
 
     @staticmethod
-    def build(model: nn.Module, options: OptimizerOptions, dtype: torch.dtype) -> torch.optim.Optimizer | MasterOptimizer:
+    def build(
+        model: nn.Module, options: OptimizerOptions, dtype: torch.dtype
+    ) -> torch.optim.Optimizer | MasterOptimizer:
         """Round the model to ``dtype`` if that is not fp32, and make its optimizer."""
 
         def inner(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, used for evaluation and kept with the run.
 
-Source: Polyak and Juditsky 1992; in this form Izmailov et al. (arXiv 1803.05407) section 3 and the weight averages of Transformer
-training since Vaswani et al. (arXiv 1706.03762), section 6.1.
+Source: Polyak and Juditsky 1992; in this form Izmailov et al. (arXiv 1803.05407) section 3 and the weight averages
+of Transformer training since Vaswani et al. (arXiv 1706.03762), section 6.1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def ema_(averages: Iterable[Tensor], weights: Iterable[Tensor], decay: float) ->
 
 
 def warmed_decay(decay: float, updates: int) -> float:
-    """The decay after ``updates`` updates: rises from 0.1 as (1 + n) / (10 + n), so that the first weights are soon forgotten."""
+    """The decay after n updates: (1 + n) / (10 + n) at first, so that the first weights are soon forgotten."""
     return min(decay, (1 + updates) / (10 + updates))
 
 

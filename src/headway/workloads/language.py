@@ -30,8 +30,8 @@ Batch = dict[str, torch.Tensor]
 class NextTokenLoss:
     """Cross-entropy of the next token, summed over the batch; the logits are made a chunk at a time and never kept.
 
-    Called with a model and ``tokens``, ``targets`` (and ``segments``, of packed documents) of shape [B, T]; returns the sum in fp32
-    and the number of targets that are not -100.
+    Called with a model and ``tokens``, ``targets`` (and ``segments``, of packed documents) of shape [B, T]; returns
+    the sum in fp32 and the number of targets that are not -100.
     """
 
     label_smoothing: float = 0.0
@@ -88,8 +88,12 @@ class Language(Workload):
         if config.vocab is None:
             config = config.model_copy(update={"vocab": tokenizer.vocab})
         if config.vocab < tokenizer.vocab:
-            raise RecipeError("model.vocab", got=config.vocab, expected=f"at least {tokenizer.vocab}, the tokenizer's vocabulary",
-                              hint="leave it out to take the tokenizer's")  # fmt: skip
+            raise RecipeError(
+                "model.vocab",
+                got=config.vocab,
+                expected=f"at least {tokenizer.vocab}, the tokenizer's vocabulary",
+                hint="leave it out to take the tokenizer's",
+            )
         if sequence > getattr(config, "context", sequence):
             raise RecipeError("data.sequence", got=sequence, expected=f"at most model.context ({config.context})")
         return config

@@ -6,7 +6,8 @@
     print(run.summary["bits_per_byte"])
     model, tokenizer = headway.load_model(run.path)
 
-The names of ``__all__`` are the public ones; each is imported when it is first used, so that ``import headway`` costs no torch.
+The names of ``__all__`` are the public ones; each is imported when it is first used, so that ``import headway`` costs
+no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Card", "HeadwayError", "Method", "Options", "Recipe", "Run", "__version__", "compare", "load_model", "train"]
+__all__ = [
+    "Card",
+    "HeadwayError",
+    "Method",
+    "Options",
+    "Recipe",
+    "Run",
+    "__version__",
+    "compare",
+    "load_model",
+    "train",
+]
 
 _HOMES = {
     "Card": "headway.core.method",

@@ -12,7 +12,11 @@ from torch import nn
 
 from headway.core.errors import ModelError
 
-_NORM_NAMES = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "out_norm", "layer_norm")
+_NORM_NAMES = (
+    "norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "out_norm", "ln_out", "layer_norm",
+    "embedding_norm",
+)  # fmt: skip
+"""What transformers' families call the norm after the last block."""
 
 
 @dataclass(frozen=True)

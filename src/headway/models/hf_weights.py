@@ -1,0 +1,113 @@
+"""Which tensors of a Hugging Face folder make up which parameter of ours; read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from headway.core.errors import ModelError
+from headway.models.config import GPT2Config, LlamaConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of ours and the tensors that it joins along its first dimension."""
+
+    ours: str
+    """Its name in our model."""
+    theirs: tuple[str, ...]
+    """Names in the folder, in the order in which they are joined."""
+    rows: tuple[int, ...]
+    """Rows of each within the joined parameter."""
+    transposed: bool = False
+    """The folder stores [in, out], as GPT-2's Conv1D does."""
+
+    def parts(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name and content of each tensor of the folder: views of ``parameter``, shaped as the folder has them."""
+        for name, part in zip(self.theirs, parameter.split(self.rows), strict=True):
+            yield name, part.T if self.transposed else part
+
+
+def weight_map(config: LlamaConfig | GPT2Config) -> list[Weight]:
+    """Every parameter of the model that ``config`` describes."""
+    return _gpt2(config) if isinstance(config, GPT2Config) else _llama(config)
+
+
+def parameters_of(model: nn.Module, weights: list[Weight]) -> dict[str, Tensor]:
+    """The model's parameters by our names.
+
+    Raises:
+        ModelError: the model lacks one or has others: a method replaced parts of it.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    expected = {weight.ours for weight in weights}
+    if parameters.keys() != expected:
+        odd = sorted(parameters.keys() ^ expected)
+        raise ModelError(
+            type(model).__name__,
+            f"has no longer the parameters of its family ({_some(odd)})",
+            hint="undo or merge what methods replaced in it before it is exchanged with Hugging Face",
+        )
+    return parameters
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _llama(config: LlamaConfig) -> list[Weight]:
+    D, V, F = config.hidden, config.vocabulary, config.intermediate_width
+    q, kv = config.heads * config.head_width, config.kv_head_count * config.head_width
+    weights = [Weight("embedding.weight", ("model.embed_tokens.weight",), (V,))]
+    for layer in range(config.layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
+        weights += [
+            Weight(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), (D,)),
+            Weight(f"{ours}.attention.qkv.weight", tuple(f"{name}.weight" for name in qkv), (q, kv, kv)),
+            Weight(f"{ours}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), (D,)),
+            Weight(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), (D,)),
+            Weight(
+                f"{ours}.mlp.gate_up.weight",
+                (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
+                (F, F),
+            ),
+            Weight(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), (D,)),
+        ]
+        if config.qkv_bias:
+            weights.append(Weight(f"{ours}.attention.qkv.bias", tuple(f"{name}.bias" for name in qkv), (q, kv, kv)))
+        if config.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                name = f"{theirs}.self_attn.{norm}.weight"
+                weights.append(Weight(f"{ours}.attention.{norm}.weight", (name,), (config.head_width,)))
+    weights.append(Weight("norm.weight", ("model.norm.weight",), (D,)))
+    if not config.tied:
+        weights.append(Weight("head.weight", ("lm_head.weight",), (V,)))
+    return weights
+
+
+def _gpt2(config: GPT2Config) -> list[Weight]:
+    D, V, F = config.hidden, config.vocabulary, config.intermediate_width
+    weights = [
+        Weight("embedding.weight", ("transformer.wte.weight",), (V,)),
+        Weight("positions.weight", ("transformer.wpe.weight",), (config.context,)),
+    ]
+    for layer in range(config.layers):
+        for ours, theirs, rows, matrix in (
+            ("attention_norm", "ln_1", D, False),
+            ("attention.qkv", "attn.c_attn", 3 * D, True),
+            ("attention.out", "attn.c_proj", D, True),
+            ("mlp_norm", "ln_2", D, False),
+            ("mlp.up", "mlp.c_fc", F, True),
+            ("mlp.down", "mlp.c_proj", D, True),
+        ):
+            name, other = f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}"
+            weights.append(Weight(f"{name}.weight", (f"{other}.weight",), (rows,), transposed=matrix))
+            weights.append(Weight(f"{name}.bias", (f"{other}.bias",), (rows,)))
+    weights.append(Weight("norm.weight", ("transformer.ln_f.weight",), (D,)))
+    weights.append(Weight("norm.bias", ("transformer.ln_f.bias",), (D,)))
+    if not config.tied:
+        weights.append(Weight("head.weight", ("lm_head.weight",), (V,)))
+    return weights

@@ -20,9 +20,14 @@ class FallbackLog:
 _current: ContextVar[FallbackLog | None] = ContextVar("headway_fallbacks", default=None)
 
 
-def use_log(log: FallbackLog) -> None:
+def use_log(log: FallbackLog | None) -> None:
     """Record the fallbacks of this context in ``log`` from now on."""
     _current.set(log)
+
+
+def current() -> FallbackLog | None:
+    """The log of this context, for whoever lets several runs take turns."""
+    return _current.get()
 
 
 def entries() -> list[dict[str, str]]:

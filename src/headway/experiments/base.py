@@ -1,7 +1,7 @@
 """What an experiment is: arms, measurements and the expectation that stand for a paper's claim, as data.
 
-A file of this folder defines ``experiment = Experiment(...)``; the registry names it; ``headway reproduce NAME`` runs it.
-What the measurements may use while they run (train an arm, compare two, keep a value, show a figure) is in ``context.py``.
+A file of this folder defines ``experiment = Experiment(...)``; the registry names it; ``headway reproduce NAME`` runs
+it. What the measurements may use while they run (train an arm, compare two, keep a value) is in ``context.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What an experiment may use while it measures: train an arm, compare two, keep a value, show a figure.
 
-Everything finished is kept in the experiment's working folder, so that an interrupted ``headway reproduce`` goes on where
-it was.
+Everything finished is kept in the experiment's working folder, so that an interrupted ``headway reproduce`` goes on.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from headway.core.files import write_text
 
 
 class _Record(BaseModel):
-    # Infinity is a result ("never reached"); JSON has no number for it: it is written as a string and read back as a number.
+    # Infinity is a result ("never reached"); JSON has no number for it: it is written and read back as a string.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 

@@ -16,7 +16,7 @@ class DataOptions(Options):
     """Where the text comes from and how it becomes sequences of tokens."""
 
     source: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets", "memory"] = "python-stdlib"
-    """Kind of source; `python-stdlib` is the library of the running interpreter, `memory` is given from Python."""
+    """Kind of source; `python-stdlib` is the library of the running interpreter, `memory` is `documents`."""
     path: str | None = None
     """File, folder or glob (for `datasets` also a name on the Hub); looked for here, then under `$HEADWAY_DATA`."""
     documents: tuple[str, ...] | None = None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headway.core.errors import DataError
 from headway.data.cache import open_cache
 from headway.data.loader import Stream
 from headway.data.options import DataOptions
@@ -86,22 +85,18 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(options.cache or os.environ.get("HEADWAY_CACHE") or "~/.cache/headway").expanduser()
 
 
-def build_data(options: DataOptions, seed: int, *, memory: Sequence[str] | None = None) -> Data:
+def build_data(options: DataOptions, seed: int) -> Data:
     """The data that ``options`` describe; what a text costs once (reading, BPE, tokens) is kept in the cache folder.
 
     Args:
         seed: fixes the order of training, nothing else: split and tokenizer depend on the text alone.
-        memory: the texts of ``source: memory``.
 
     Raises:
         DataError: the text is missing, empty, damaged or of another kind than said.
         HeadwayError: the cache folder cannot be written.
     """
     folder = cache_folder(options)
-    memory = options.documents if memory is None else memory
-    if options.source != "memory" and memory is not None:
-        raise DataError("data.source", "is not memory, but texts were given", got=options.source, expected="memory")
-    corpora = _corpora(options, folder / "surveys", memory)
+    corpora = _corpora(options, folder / "surveys")
     notes = []
     for corpus in {id(c.source): c for c in corpora.values()}.values():
         if corpus.survey.skipped:
@@ -122,8 +117,8 @@ def build_data(options: DataOptions, seed: int, *, memory: Sequence[str] | None 
     return Data(options, seed, tokenizer, sets["train"], sets["validation"], corpora, notes)
 
 
-def _corpora(options: DataOptions, memo: Path, memory: Sequence[str] | None) -> dict[str, Corpus]:
-    source = open_source(options, memory=memory)
+def _corpora(options: DataOptions, memo: Path) -> dict[str, Corpus]:
+    source = open_source(options)
     if options.validation_path is None:
         found = survey(source, options.validation_fraction, memo)
         return {"train": Corpus(source, found, "train"), "validation": Corpus(source, found, "validation")}

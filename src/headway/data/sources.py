@@ -178,11 +178,6 @@ class MemorySource(Source):
     split_by_text = True
 
     def __init__(self, texts: Sequence[str]) -> None:
-        if isinstance(texts, str):
-            texts = [texts]
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"memory[{index}]", f"is a {type(text).__name__}", expected="a string")
         self.texts = texts
 
     def documents(self) -> Iterator[Document]:
@@ -195,7 +190,7 @@ class MemorySource(Source):
         return None
 
 
-def open_source(options: DataOptions, *, validation: bool = False, memory: Sequence[str] | None = None) -> Source:
+def open_source(options: DataOptions, *, validation: bool = False) -> Source:
     """The source that ``options`` name; with ``validation``, the one at ``validation_path``.
 
     Raises:
@@ -208,11 +203,7 @@ def open_source(options: DataOptions, *, validation: bool = False, memory: Seque
         case "text":
             return TextSource(path)
         case "memory":
-            if memory is None:
-                raise DataError(
-                    "data.source", "is memory, but no texts were given", hint="give a list of strings from Python"
-                )
-            return MemorySource(memory)
+            return MemorySource(options.documents or ())
         case _:
             from headway.data.records import open_records
 

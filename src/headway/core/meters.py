@@ -30,7 +30,7 @@ def live_bytes(device: torch.device) -> int:
     seen: dict[int, int] = {}
     for thing in gc.get_objects():
         try:
-            if type(thing).__module__ == "torch._subclasses.fake_tensor" or not isinstance(thing, torch.Tensor):
+            if not issubclass(type(thing), torch.Tensor) or type(thing).__module__ == "torch._subclasses.fake_tensor":
                 continue
             if thing.device.type == device.type and thing.layout is torch.strided:
                 storage = thing.untyped_storage()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.core.errors import ModelError, require
@@ -18,7 +16,7 @@ from headway.models.gpt2 import positions_in_documents
 from headway.models.hf import load_weights
 from headway.models.hf_config import UnsupportedModel, read_config, read_json
 from headway.models.structure import Structure, structure
-from headway.models.transformers_probe import apart_by, has_plain_head, matmul_parameters
+from headway.models.transformers_probe import apart_by, document_mask, has_plain_head, matmul_parameters
 
 
 def build_from_folder(config: TransformersConfig, seed: int) -> Any:
@@ -133,7 +131,8 @@ class TransformersModel(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         text = _text(model.config)
-        self.vocab: int = self.structure().head.weight.shape[0]  # type: ignore[union-attr, assignment]
+        head: Any = self.structure().head
+        self.vocab: int = head.weight.shape[0]
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         known = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in known
@@ -189,7 +188,8 @@ class TransformersModel(nn.Module):
                 "adds a bias, a scale or a cap to its logits, so that its head is more than a weight",
                 hint="take the logits from forward()",
             )
-        return self.structure().head.weight  # type: ignore[return-value]
+        head: Any = self.structure().head
+        return head.weight
 
     def structure(self) -> Structure:
         """The parts that methods work on."""
@@ -198,8 +198,8 @@ class TransformersModel(nn.Module):
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of a forward and backward pass per token, in sequences of ``sequence`` tokens.
 
-        Six per weight of a matrix product (of experts, those that a token uses) and 12 per key and channel of attention, as
-        for our own families.
+        Six per weight of a matrix product (of experts, those that a token uses) and 12 per key and channel of
+        attention, as for our own families.
         """
         text = _text(self.model.config)
         heads = getattr(text, "num_attention_heads", 0)

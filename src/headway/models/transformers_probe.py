@@ -65,7 +65,7 @@ def apart_by(model: Any, takes_positions: bool) -> str:
 def has_plain_head(model: Any) -> bool:
     """Whether the logits are the last hidden state times the head's weight, and nothing else.
 
-    The head's output is blown up on its way out: a cap or an offset that would not show in a new model's small logits does.
+    The head's output is blown up on its way out: a cap, which would not show in a new model's small logits, does then.
     """
     head, seen = model.get_output_embeddings(), {}
 
@@ -93,10 +93,8 @@ def has_plain_head(model: Any) -> bool:
 def matmul_parameters(model: Any) -> float:
     """Weights that one token is multiplied with: matrices outside embeddings, its share of the experts, the head."""
     config = model.config.get_text_config(decoder=True)
-    experts = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))),
-        None,
-    )
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next((count for count in counts if count), None)
     used = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
     head, total, counted = model.get_output_embeddings(), 0.0, set()
     for path, module in model.named_modules():

@@ -93,8 +93,8 @@ def generate_text(
 ) -> Iterator[str]:
     """Continue a text, piece by piece; the pieces joined are the continuation.
 
-    A piece never ends within a character, nor in what may become a stop string. Generation ends at the tokenizer's end of
-    text or before the first stop string, which is not given out.
+    A piece never ends within a character, nor in what may become a stop string. Generation ends at the tokenizer's end
+    of text or before the first stop string, which is not given out.
 
     Args:
         prompt: may be empty if the tokenizer has an end-of-text token, which then opens the text.
@@ -148,8 +148,8 @@ def sample(
 def text_of(tokenizer: Tokenizer, tokens: Iterator[int], prompt: Sequence[int] = ()) -> Iterator[str]:
     """Decode a stream of tokens, holding back a character whose bytes are not all there.
 
-    Only the last few tokens are decoded each time, together with the one before them, because tokenizers may treat the first
-    token of a text in their own way.
+    Only the last few tokens are decoded each time, together with the one before them, because tokenizers may treat the
+    first token of a text in their own way.
     """
     window = list(prompt[-1:])
     given = len(tokenizer.decode(window))
@@ -204,7 +204,7 @@ def _steps(
     model.eval()
     try:
         for _ in range(room):
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode: some models of transformers keep tensors of theirs
                 logits = _last_logits(model, torch.tensor([text if cache is None else new], device=device), cache)
                 token = choose(logits)
             if token in stop_tokens:

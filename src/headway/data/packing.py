@@ -80,7 +80,10 @@ class TokenSet:
             rows[index < 0] = self.eos
         joint = torch.from_numpy(rows)
         # Copies: the two halves of a single row are contiguous already, and would share what is masked below.
-        batch = {"tokens": joint[:, :-1].contiguous(), "targets": joint[:, 1:].clone(memory_format=torch.contiguous_format)}
+        batch = {
+            "tokens": joint[:, :-1].contiguous(),
+            "targets": joint[:, 1:].clone(memory_format=torch.contiguous_format),
+        }
         if not whole:
             filled = np.where(index < 0, 0, np.where(index == self._full, self._rest_targets, self.sequence))
             filling = torch.arange(self.sequence)[None, :] >= torch.from_numpy(filled)[:, None]  # [B, T]

@@ -65,7 +65,7 @@ def test_card_is_complete(name: str) -> None:
     assert card.name == name
     for text in (card.title, card.paper, card.summary, card.buys, card.costs):
         assert len(text) >= 10, text
-    assert card.exact != bool(card.approximates), "an approximate method says what it approximates, an exact one nothing"
+    assert card.exact != bool(card.approximates), "what is approximate says what it approximates"
     assert cls.points(), "wraps nothing"
     assert set(cls.points()) <= set(POINTS)
     for other in (*card.before, *card.after, *card.needs, *card.refuses):
@@ -163,7 +163,7 @@ def test_options_copy_pickle_and_refuse_unknown_names(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_documentation_page_and_its_snippets(name: str) -> None:
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    for heading in ("What it does", "When to use it", "Switch", "Own loop", "Options", "Costs", "Measured", "Reference"):
+    for heading in ("What it does", "When", "Switch", "Own loop", "Options", "Costs", "Measured", "Reference"):
         assert re.search(rf"^##? .*{heading}", page, re.M | re.I), f"no section {heading!r}"
     switches = re.findall(r"```yaml\n(.*?)```", page, re.S)
     assert switches, "no recipe on the page"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from headway.core.errors import RecipeError, nearest
 
@@ -14,6 +14,15 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True,
                               populate_by_name=True, allow_inf_nan=False, serialize_by_alias=True)  # fmt: skip
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`batch: true` is a slip, not a batch of one."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation not in (bool, Any) and bool not in get_args(annotation):
+            raise ValueError("expected no boolean here")
+        return value
 
 
 T = TypeVar("T", bound=Options)

@@ -235,7 +235,7 @@ def _with_base(raw: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> dic
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``under``, mapping by mapping; ``null`` removes a key.
+    """``over`` laid on ``under``, mapping by mapping; ``null`` removes a mapping and is a value elsewhere.
 
     A section whose kind changes (``model.family``, ``optimizer.name`` ...) starts from nothing: the old kind's
     options do not fit the new one.

@@ -107,6 +107,7 @@ def compare_recipes(
                            hint="--with NAME or --set key=value makes arm B another one")  # fmt: skip
     if a.workload != b.workload:
         raise HeadwayError("compare", f"the arms learn different things: {a.workload} and {b.workload}")
+    a, b = _same_evaluation(a, b)
     console = console or Console(quiet=True)
     found = []
     for repeat in range(repeats):
@@ -124,6 +125,14 @@ def compare_recipes(
         hardware=meters.hardware(),
         versions=meters.versions(),
     )
+
+
+def _same_evaluation(a: Recipe, b: Recipe) -> tuple[Recipe, Recipe]:
+    """Evaluation batches of one size, so that ``eval.batches`` of them hold the same sequences in both arms."""
+    if not (a.eval.batches and b.eval.batches):
+        return a, b
+    size = min(r.eval.batch or r.train.micro_batch or r.train.batch for r in (a, b))
+    return a.override(f"eval.batch={size}"), b.override(f"eval.batch={size}")
 
 
 @dataclass

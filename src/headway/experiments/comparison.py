@@ -60,18 +60,22 @@ class Comparison:
 
     def table(self) -> Group:
         """For a terminal: the ratios, what differs, what methods changed, what to keep in mind."""
-        table = Table(title="B / A, with 90 % intervals", title_justify="left")
-        for column in ("", f"A: {self.a.name}", f"B: {self.b.name}", "B / A"):
-            table.add_column(Text(column), overflow="fold")
+        table = Table()
+        for column in ("", "A", "B", "B / A", "90 % interval"):
+            table.add_column(column, justify="left" if not column else "right")
         for key, (label, show) in _ROWS.items():
             if key in self.ratios:
                 values = (show(arm.metrics[key]) for arm in (self.a, self.b))
-                table.add_row(label, *values, _ratio_text(self.ratios[key]))
+                table.add_row(label, *values, *_ratio_texts(self.ratios[key]))
+                if key.startswith("seconds_per_"):
+                    rates = (f"{human(1 / arm.metrics[key])}/s" for arm in (self.a, self.b))
+                    table.add_row(f"{key.removeprefix('seconds_per_')}s", *rates)
+        names = (Text(f"A: {self.a.name}"), Text(f"B: {self.b.name}"))
         lines = [Text(f"{key}: {a} -> {b}") for key, (a, b) in self.differences.items()]
         for label, arm in (("A", self.a), ("B", self.b)):
             lines += [Text(f"{label}, {name}: {', '.join(done)}") for name, done in arm.methods.items()]
             lines += [Text(f"{label} fell back: {f['what']} ({f['why']}; {f['cost']})") for f in arm.fallbacks]
-        return Group(table, *lines, *(Text(f"note: {note}", style="yellow") for note in self.notes))
+        return Group(*names, table, *lines, *(Text(f"note: {note}", style="yellow") for note in self.notes))
 
 
 def _duration(seconds: float) -> str:
@@ -81,27 +85,23 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _time(per: str) -> Callable[[float], str]:
-    return lambda seconds: f"{_duration(seconds)} ({human(1 / seconds)} {per}s/s)"
-
-
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "seconds_per_token": ("time per token", _time("token")),
-    "seconds_per_byte": ("time per byte", _time("byte")),
+    "seconds_per_token": ("time per token", _duration),
+    "seconds_per_byte": ("time per byte", _duration),
     "live_peak_bytes": ("live peak", lambda value: human(value, "B")),
-    "train_loss": ("train loss, last half", "{:.4f}".format),
+    "train_loss": ("train loss", "{:.4f}".format),
     "eval_loss": ("eval loss", "{:.4f}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
 }
 
 
-def _ratio_text(ratio: Estimate) -> Text:
+def _ratio_texts(ratio: Estimate) -> tuple[Text, Text]:
     """Less is better in every row; coloured only where the spread leaves no doubt about the direction."""
     low, high = ratio.interval or (ratio.value, ratio.value)
-    style = "green" if high < 1 else "red" if low > 1 else "dim"
-    digits = 5 if abs(ratio.value - 1) < 0.01 else 3
-    spread = f" [{low:.{digits}f}, {high:.{digits}f}]" if ratio.interval else ""
-    return Text(f"{ratio.value:.{digits}f}{spread}", style=style)
+    style = "green" if high < 1 else "red" if low > 1 else ""
+    digits = 5 if ratio.interval is None and abs(ratio.value - 1) < 0.01 else 3
+    spread = f"{low:.3f} to {high:.3f}" if ratio.interval else ""
+    return Text(f"{ratio.value:.{digits}f}", style=style), Text(spread, style=style)
 
 
 def window_mean(losses: list[tuple[int, float]], start: float, end: float) -> float:

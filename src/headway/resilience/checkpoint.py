@@ -63,9 +63,7 @@ class PlainCheckpointer:
             CheckpointError: the state holds what cannot be saved, or the disk is full or refuses; earlier checkpoints
             stay.
         """
-        import torch
-
-        from headway import __version__
+        from headway.core.meters import versions
         from headway.resilience.flatten import flatten
         from headway.resilience.tensors import write_tensors
 
@@ -75,7 +73,7 @@ class PlainCheckpointer:
             with new_folder(self.folder, step) as temporary:
                 files = write_tensors(temporary, tensors)
                 files.append(write_bytes(temporary / STATE, json.dumps(plain, allow_nan=False).encode()))
-                write_manifest(temporary, step, files, {"headway": __version__, "torch": torch.__version__})
+                write_manifest(temporary, step, files, versions())
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "make room on that disk" if full else "check that folder"

@@ -1,0 +1,105 @@
+"""`headway train`: train a recipe; a directory that already holds a part of the run is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headway.cli.output import JsonFlag, Overrides, note, percent, print_json, print_table
+from headway.core.units import human, human_seconds
+
+if TYPE_CHECKING:
+    from headway.core.run import Run
+
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/NAME-N")
+]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")],
+    overrides: Overrides = None,
+    run: RunOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that DIR holds and start over.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also score gzip and an n-gram model on the validation text.")
+    ] = False,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="PROMPT", help="Also print how the model goes on after PROMPT.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Train a recipe. The same RECIPE and DIR again go on where they stopped; Ctrl-C saves first.
+
+    Everything shown is also in DIR/metrics.jsonl and TensorBoard (DIR/tensorboard); DIR/summary.json holds the results.
+    """
+    from headway.cli.progress import progress
+    from headway.core.errors import Interrupted
+    from headway.core.recipe import Recipe
+    from headway.core.run import next_run_directory
+    from headway.core.train import train as train_run
+
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = run or next_run_directory(loaded.name)
+    note(f"run directory {folder}; preparing data and model")
+    observer = progress()
+    try:
+        done = train_run(loaded, run=folder, fresh=fresh, observers=[observer])
+    except Interrupted:
+        note(f"saved; to go on: headway train {folder}/recipe.yaml --run {folder}")
+        raise
+    finally:
+        observer.close()
+
+    result = {"run": str(done.path), **done.summary}
+    if baselines:
+        result["baselines"] = _baselines(done)
+    if sample is not None:
+        result["sample"] = _sample(done, sample)
+    print_json(result) if json else _print(result)
+
+
+def _baselines(run: Run) -> dict[str, float]:
+    from headway.core.errors import HeadwayError
+    from headway.data.options import DataOptions
+    from headway.data.pipeline import build_data
+    from headway.evals.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+
+    recipe = run.recipe
+    if not isinstance(recipe.data, DataOptions):
+        raise HeadwayError("--baselines", f"scores text, and workload {recipe.workload} learns none")
+    note("scoring gzip and a 5-gram model on the validation text")
+    if recipe.eval.batches is not None:
+        note(f"they read all of it; the model was evaluated on its first {recipe.eval.batches} batches")
+    data = build_data(recipe.data, recipe.seed)
+    trained_on, text = data.text_bytes("train"), data.text_bytes("validation")
+    return {"gzip": gzip_bits_per_byte(trained_on, text), "5-gram": ngram_bits_per_byte(trained_on, text, 5)}
+
+
+def _sample(run: Run, prompt: str) -> str:
+    from headway.serve.engine import generate_text
+    from headway.workloads.load import load_model
+
+    model, tokenizer = load_model(run.path)
+    return prompt + "".join(
+        generate_text(model, tokenizer, prompt, max_new_tokens=96, temperature=0.8, top_p=0.95, seed=0)
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    rows: list[tuple[str, Any]] = [
+        ("tokens", f"{human(result['tokens'])} in {result['steps']} steps, {human_seconds(result['wall_seconds'])}"),
+        ("rate", f"{human(result['tokens_per_second'])} tokens/s, {percent(result['model_flops_utilization'])} of the "
+                 "matrix-product peak"),
+        ("memory", f"{human(result['peak_memory_bytes'], 'B')} of tensors, "
+                   f"{human(result['process_peak_bytes'], 'B')} of the process"),
+        ("validation loss", f"{result['eval_loss']:.4f}"),
+    ]  # fmt: skip
+    print_table(["", result["run"]], rows)
+    if "bits_per_byte" in result:
+        scores = [("this model", result["bits_per_byte"]), *result.get("baselines", {}).items()]
+        print_table(["", ">validation bits per byte"], [(name, f"{bits:.3f}") for name, bits in scores])
+    if "sample" in result:
+        print(result["sample"])

@@ -19,8 +19,13 @@ LongPrompt = Literal["refuse", "truncate"]
 class Tokenizer(Protocol):
     """What text generation needs of a tokenizer."""
 
-    eos: int | None
-    vocab: int
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text."""
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens there are."""
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens."""

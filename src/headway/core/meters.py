@@ -55,12 +55,12 @@ def live_peak(function: Callable[[], R], device: torch.device | str = "cpu") -> 
         return result, torch.cuda.max_memory_allocated(device)
     before = live_bytes(device)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _without_native_stderr():
+    with without_native_stderr():
         profiler.start()
     try:
         result = function()
     finally:
-        with _without_native_stderr():
+        with without_native_stderr():
             profiler.stop()
     # The kineto events are the only place that lists every allocation with its sign and time.
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -73,7 +73,7 @@ def live_peak(function: Callable[[], R], device: torch.device | str = "cpu") -> 
 
 
 @contextmanager
-def _without_native_stderr() -> Iterator[None]:
+def without_native_stderr() -> Iterator[None]:
     """Some builds of the profiler announce themselves on file descriptor 2 as it starts and stops."""
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headway.core.errors import DataError
+from headway.core.errors import DataError, HeadwayError
 from headway.core.fallback import fallback
 from headway.core.files import checksum, whole_file, write_json
 from headway.core.units import human
@@ -203,8 +203,14 @@ def _lock(file: Path) -> Iterator[None]:
     """Hold ``file`` against other processes; the kernel lets go if this one dies."""
     import fcntl
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as handle:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("wb")
+    except OSError as error:
+        raise HeadwayError(
+            str(file), f"cannot be written ({error.strerror})", hint="set data.cache to a folder that can"
+        ) from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks; whole files keep caches sound all the same

@@ -102,9 +102,7 @@ def build_data(options: DataOptions, seed: int) -> Data:
         if corpus.survey.skipped:
             notes.append(f"{corpus.survey.skipped} files of {corpus.source.name} are not UTF-8 and were left out")
         if corpus.survey.piece:
-            notes.append(
-                f"{corpus.source.name} has few documents: it was split for validation inside them, by paragraphs"
-            )
+            notes.append(f"{corpus.source.name} has few documents: validation is some of their paragraphs")
     tokenizer = _tokenizer(options, corpora["train"], folder, notes)
     sets = {}
     for side, corpus in corpora.items():

@@ -53,24 +53,28 @@ class JsonlSource(FileSource):
     def documents(self) -> Iterator[Document]:
         """One document per line."""
         for file in self.files:
-            position = 0
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    where = f"{file}:{number}"
-                    try:
-                        text = line.decode("utf-8")
-                    except UnicodeDecodeError as error:
-                        raise not_utf8(file, error, position) from None
-                    position += len(line)
-                    if text.isspace():
-                        continue
-                    yield Document(f"{self.relative(file)}:{number}", self._read(text, where))
+            try:
+                yield from self._lines(file)
+            except OSError as error:
+                raise DataError(str(file), f"cannot be read ({error.strerror})") from error
+
+    def _lines(self, file: Path) -> Iterator[Document]:
+        position = 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise not_utf8(file, error, position) from None
+                position += len(line)
+                if text and not text.isspace():
+                    yield Document(f"{self.relative(file)}:{number}", self._read(text, f"{file}:{number}"))
 
     def _read(self, text: str, where: str) -> str:
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(where, f"is not JSON ({error.msg} at column {error.colno})") from None
+            raise DataError(where, f"is not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
         except RecursionError:
             raise DataError(where, "is nested too deeply") from None
         if not isinstance(record, dict):

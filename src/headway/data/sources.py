@@ -174,7 +174,7 @@ class StdlibSource(Source):
 class MemorySource(Source):
     """A list of strings."""
 
-    name = "memory"
+    name = "data.documents"
     split_by_text = True
 
     def __init__(self, texts: Sequence[str]) -> None:

@@ -154,7 +154,7 @@ def _recall(file: Path) -> Survey | None:
 
 def _settled(signature: list[Any], now: float) -> bool:
     """Whether no file was changed just now: a second change within the clock's tick would go unseen."""
-    times = [row[3] for part in signature if isinstance(part, list) for row in part if len(row) == 5]
+    times = [row[4] for part in signature if isinstance(part, list) for row in part if len(row) == 5]
     return not times or max(times) / 1e9 < now - 1.0
 
 

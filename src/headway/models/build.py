@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from headway.core.errors import ModelError
 from headway.core.options import Options
@@ -41,8 +42,7 @@ def empty_model(config: Options, dtype: torch.dtype = torch.float32) -> Any:
     from headway.models.gpt2 import GPT2
     from headway.models.llama import Llama
 
-    # On the meta device nothing is filled, so that torch's own initial values cost no time and no random numbers.
-    with torch.device("meta"):
+    with _Unfilled():
         if isinstance(config, LlamaConfig):
             model: nn.Module = Llama(config)
         elif isinstance(config, GPT2Config):
@@ -51,7 +51,20 @@ def empty_model(config: Options, dtype: torch.dtype = torch.float32) -> Any:
             raise ModelError(
                 "model.family", got=getattr(config, "family", type(config).__name__), expected="llama or gpt2"
             )
-    return model.to(dtype).to_empty(device="cpu")
+    return model.to(dtype)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules made under it keep the memory they get: torch's own first values cost time and global random numbers.
+
+    The meta device would do the same, but the first random fill on it imports the compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -206,7 +206,7 @@ class TransformersConfig(Options):
     """Entries of the vocabulary that are needed; `fresh` models get just these, others must have at least as many."""
 
 
-ModelConfig = Annotated[LlamaConfig | GPT2Config | TransformersConfig, Field(discriminator="family")]
+ModelConfig = LlamaConfig | GPT2Config | TransformersConfig
 
 FAMILIES: dict[str, type[Options]] = {"llama": LlamaConfig, "gpt2": GPT2Config, "transformers": TransformersConfig}
 """Name of a family -> its option class."""

@@ -70,12 +70,14 @@ def _foreign(config: TransformersConfig, seed: int) -> TransformersModel:
         else:
             _check_vocabulary(config, _text(hf_config).vocab_size)
             model, loaded = auto.AutoModelForCausalLM.from_pretrained(
-                config.path, config=hf_config, local_files_only=True, output_loading_info=True
-            )
+                config.path, config=hf_config, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with their names
+            )  # fmt: skip
             # transformers would train on with random weights in their place.
             for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
-                if loaded.get(key):
-                    raise ModelError(config.path, f"{what} tensors: {', '.join(map(str, sorted(loaded[key])[:5]))}")
+                names = sorted(item if isinstance(item, str) else item[0] for item in loaded.get(key) or ())
+                if names:
+                    raise ModelError(config.path, f"{what} {len(names)} tensors: {', '.join(names[:5])}")
     except ModelError:
         raise
     except Exception as error:  # transformers has no class of its own for what can be wrong with a folder
@@ -220,6 +222,18 @@ class TransformersModel(nn.Module):
             raise ModelError(type(self.model).__name__, "keeps no cache that can be handed on", hint="use_cache=False")
         return TransformersCache()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TransformersModel:
+        """Move or cast; buffers keep their number format, because rounded rotary frequencies ruin far positions."""
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            path, _, key = name.rpartition(".")
+            buffers = self.get_submodule(path)._buffers
+            now = buffers[key]
+            if now is not None and now.dtype != buffer.dtype:
+                buffers[key] = buffer.to(now.device)
+        return self
+
     def _run(
         self,
         module: Any,
@@ -235,7 +249,7 @@ class TransformersModel(nn.Module):
             if cache is not None:
                 raise ValueError("segments and a cache exclude each other: a cache holds one document per row")
             if self._apart is None:
-                self._apart = apart_by(self.model, self._takes_positions)
+                self._apart = apart_by(self.model, self._takes_positions, options)
             positions = positions_in_documents(segments) if positions is None else positions
             if self._apart == "mask":
                 options["attention_mask"] = document_mask(segments, self.model.dtype)

@@ -32,25 +32,31 @@ def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     ]
 
 
-def apart_by(model: Any, takes_positions: bool) -> str:
+def apart_by(model: Any, takes_positions: bool, options: dict[str, Any]) -> str:
     """How this model keeps packed documents apart: by restarted ``positions``, or by a ``mask`` beside them.
 
-    Two documents packed together must give what the second one gives alone.
+    Two documents packed together must give what the second one gives alone. A model with a sliding window never gets a
+    mask, which would replace the window's own.
+
+    Args:
+        model: a causal language model of transformers.
+        takes_positions: its ``forward`` knows ``position_ids``.
+        options: what it is called with in any case.
 
     Raises:
         ModelError: neither does it (a recurrent model, say, carries its state over).
     """
     segments = torch.tensor([[0] * 3 + [1] * 5], device=model.device)
     tokens = torch.arange(2, 10, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    ways: dict[str, dict[str, Tensor]] = {"mask": {"attention_mask": document_mask(segments, model.dtype)}}
-    if takes_positions:
-        restarted = {"position_ids": positions_in_documents(segments)}
-        ways = {"positions": restarted, "mask": ways["mask"] | restarted}
+    restarted = {"position_ids": positions_in_documents(segments)} if takes_positions else {}
+    ways = {"positions": restarted} if takes_positions else {}
+    if not getattr(model.config.get_text_config(decoder=True), "sliding_window", None):
+        ways["mask"] = restarted | {"attention_mask": document_mask(segments, model.dtype)}
     with _evaluating(model):
-        alone = model(input_ids=tokens[:, 3:]).logits
-        for name, options in ways.items():
+        alone = model(input_ids=tokens[:, 3:], **options).logits
+        for name, way in ways.items():
             try:
-                packed = model(input_ids=tokens, **options).logits[:, 3:]
+                packed = model(input_ids=tokens, **way, **options).logits[:, 3:]
             except (RuntimeError, ValueError, TypeError):  # it has another idea of a mask
                 continue
             if torch.allclose(packed, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tests.resilience.states import same
 
+from headway.core.fallback import FallbackLog, use_log
 from headway.resilience.checkpoint import PlainCheckpointer
 
 
@@ -41,18 +42,21 @@ def spawn(work):
         finally:
             os._exit(0)
     os.close(writing)
-    return child, reading
+    return child, os.fdopen(reading)
 
 
-def reported(reading):
-    with os.fdopen(reading) as pipe:
+def reported(pipe):
+    with pipe:
         return max((int(line) for line in pipe if line.endswith("\n")), default=-1)
 
 
 def check(folder, saved, allowed):
     """What is there loads, is bit-exact, is no older than the last save that was done, and the next start tidies up."""
     before = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    log = FallbackLog()
+    use_log(log)
     state = checkpointer(folder).load()
+    assert not log.entries, f"a kill looks like damage: {log.entries}"
     step = -1 if state is None else state["step"]
     assert state is None or same(state, state_of(step)), f"step {step} was not loaded as it was saved"
     assert saved <= step and step in allowed, f"step {saved} was saved and step {step} was loaded"
@@ -61,25 +65,27 @@ def check(folder, saved, allowed):
     return bool({name for name in before if name.startswith(".")}), step
 
 
-def random_moments(folder, kills=40):
+def random_moments(folder, least=25, seconds=60):
     """A writer that saves one step after another is killed at random moments; the next one goes on from there."""
     rng = random.Random(0)
-    in_the_middle, step = 0, -1
-    for _ in range(kills):
+    kills, in_the_middle, step, end = 0, 0, -1, time.monotonic() + seconds
+    while (kills < least or in_the_middle < 10 or step < 10) and time.monotonic() < end:
 
         def work(report, start=step):
             saver = checkpointer(folder)
+            report(start)
             for number in range(start + 1, start + 1000):
                 saver.save(number, state_of(number))
                 report(number)
 
-        child, reading = spawn(work)
-        time.sleep(rng.uniform(0.002, 0.1))
+        child, pipe = spawn(work)
+        pipe.readline()  # it is under way, however slow the machine is now
+        time.sleep(rng.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        saved = max(step, reported(reading))
+        saved = max(step, reported(pipe))
         hit, step = check(folder, saved, range(step, saved + 2))
-        in_the_middle += hit
+        kills, in_the_middle = kills + 1, in_the_middle + hit
     return {"kills": kills, "in_the_middle": in_the_middle, "steps": step}
 
 
@@ -124,9 +130,9 @@ def every_operation(folder, again=False):
             saver.save(2 if again else 3, state_of(2 if again else 3))
             report(3)
 
-        child, reading = spawn(work)
+        child, pipe = spawn(work)
         os.waitpid(child, 0)
-        done = reported(reading) == 3
+        done = reported(pipe) == 3
         hit, _ = check(folder, 3 if done and not again else 2, {2} if again else {2, 3})
         rests += hit
         for path in sorted(folder.rglob("*"), reverse=True):

@@ -309,9 +309,9 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, capfd, l
 
     class FullDisk(io.FileIO):
         def write(self, data):
-            left[0] -= len(data)
-            if left[0] < 0:
+            if len(data) > left[0]:  # a smaller file may still fit afterwards
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= len(data)
             return super().write(data)
 
     opened = Path.open

@@ -24,7 +24,7 @@ def run(folder, scenario):
 
 def test_killed_at_random_moments(tmp_path):
     result = run(tmp_path / "c", "random")
-    assert result["kills"] == 40 and result["in_the_middle"] >= 5 and result["steps"] > 20, result
+    assert result["kills"] >= 25 and result["in_the_middle"] >= 10, result
 
 
 @pytest.mark.parametrize("scenario", ["new", "again"])

@@ -1,9 +1,10 @@
 """From a profile's events to a tree: every moment of a step belongs to one phase, one module and one operation.
 
-Nothing is matched by the name of a kernel. Phases and modules are marked by scopes (``scopes.py``). The backward pass is told by
-autograd's own events, and each of its nodes belongs to the module in which the operation of the same sequence number ran
-forward. What runs inside a backward node with gradients enabled, or calls a module, is a forward pass run again: recompute.
-(A backward pass with ``create_graph`` has gradients enabled too, and so looks like recompute.)
+Nothing is matched by the name of a kernel. Phases and modules are marked by scopes (``scopes.py``). The backward
+pass is told by autograd's own events, and each of its nodes belongs to the module in which the operation of the
+same sequence number ran forward. What runs inside a backward node with gradients enabled, or calls a module, is a
+forward pass run again: recompute. (A backward pass with ``create_graph`` has gradients enabled too, and so looks
+like recompute.)
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class _Segment:
 def build_tree(events: list[Event], costs: Costs, skip: int = 0) -> tuple[Node, list[float]]:
     """The tree of the marked steps in ``events``.
 
-    On a CPU time is the host's. Where kernels ran on a device, an operation's time is that of its kernels, and the time in
-    which the device had none is ``idle``.
+    On a CPU time is the host's. Where kernels ran on a device, an operation's time is that of its kernels, and the
+    time in which the device had none is ``idle``.
 
     Args:
         costs: FLOPs and bytes by operation and shapes; their operations are the tree's leaves.
@@ -108,7 +109,7 @@ class _Walker:
         if on_device:  # autograd has a thread of its own for each device; on a CPU it uses the caller's
             for thread, tops in threads.items():
                 within = [e for e in tops if step.start <= e.start < step.end]
-                if thread != step.thread and any(e.backward for e in walk(within)):
+                if thread != step.thread and any(e.forward_thread for e in walk(within)):
                     self.segments = []
                     for event in within:
                         self._visit(event, _Where())
@@ -180,7 +181,7 @@ class _Walker:
         return self.last_node
 
     def _note_origins(self, operation: Event, where: _Where) -> None:
-        """What ran inside an operation may have made the nodes: the last to begin with a sequence number made its node."""
+        """What ran inside may have made nodes: the last to begin with a sequence number made its node."""
         for event in walk(operation.children):
             if event.sequence >= 0 and not event.forward_thread:
                 self.origin[event.thread, event.sequence] = where.scopes
@@ -188,15 +189,16 @@ class _Walker:
     def _settle(self) -> None:
         """Give a phase to what has none yet.
 
-        An operation outside of all marks whose node ran backward was forward. For the rest the neighbours decide: between two
-        moments of one phase it is that phase, between different ones it is ``other``.
+        An operation outside of all marks whose node ran backward was forward. For the rest the neighbours decide:
+        between two moments of one phase it is that phase, between different ones it is ``other``.
         """
-        for segment in self.segments:
-            if segment.key in self.differentiated and segment.where.phase is None:
-                segment.where = _Where("forward", segment.where.scopes)
+        for one in self.segments:
+            if one.key in self.differentiated and one.where.phase is None:
+                one.where = _Where("forward", one.where.scopes)
         known: str | None = None
         waiting: list[_Segment] = []
-        for segment in [*self.segments, None]:
+        ahead: list[_Segment | None] = [*self.segments, None]
+        for segment in ahead:
             phase = segment.where.phase if segment else None
             if segment is not None and phase is None:
                 waiting.append(segment)
@@ -240,8 +242,8 @@ class _Ledger:
     def _stopped(self, segments: list[_Segment]) -> set[int]:
         """Operations that were begun but not carried out.
 
-        A checkpoint stops its recomputation as soon as it has all that backward needs, often in the middle of a last matrix
-        product: the profile shows its beginning, the count does not.
+        A checkpoint stops its recomputation as soon as it has all that backward needs, often in the middle of a
+        last matrix product: the profile shows its beginning, the count does not.
         """
         surplus: dict[int, float] = {}
         for segment in segments:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,12 +96,13 @@ class Costs:
 def count(step: Callable[[], Any]) -> Costs:
     """Run ``step`` once and count what its operations take.
 
-    A product of ``[M, K]`` and ``[K, N]`` is ``2 M N K``. Attention counts all its scores, the causal half that a kernel
-    may skip too, and the scores that a fused backward computes again.
+    A product of ``[M, K]`` and ``[K, N]`` is ``2 M N K``. Attention counts all its scores, the causal half that a
+    kernel may skip too, and the scores that a fused backward computes again.
     """
     costs = Costs()
     # Compiled code runs as it was written meanwhile: compiled under a counter, it would stay uncompiled for good.
-    with torch.compiler.set_stance("force_eager"), _Counter(costs):
+    as_written = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with as_written, _Counter(costs):
         step()
     return costs
 

@@ -33,8 +33,8 @@ def dissect(
 ) -> Tree:
     """Run ``step_fn`` several times and return where its time went.
 
-    Forward, backward and recompute are told apart by themselves; mark the rest with ``with phase("data"):`` inside ``step_fn``.
-    Each call is a real step: the model trains on. All hooks are removed again, also after an error.
+    Forward, backward and recompute are told apart by themselves; mark the rest with ``with phase("data"):`` inside
+    ``step_fn``. Each call is a real step: the model trains on. All hooks are removed again, also after an error.
 
     Args:
         step_fn: one training step, without arguments.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _BACKWARD_FUNCTION = 1  # torch's RecordScope::BACKWARD_FUNCTION
+_INTERNAL = ("[memory]", "profiler::")
 
 
 @dataclass
@@ -43,23 +44,39 @@ class Event:
 
 
 def read_events(profile: Any) -> list[Event]:
-    """The events of a finished ``torch.profiler.profile``, those on the host with the time of the kernels they started."""
-    return [
-        Event(
-            name=e.name,
-            start=e.time_range.start,
-            end=e.time_range.end,
-            thread=e.thread,
-            sequence=e.sequence_nr,
-            forward_thread=e.fwd_thread or 0,
-            backward=e.scope == _BACKWARD_FUNCTION,
-            annotation=bool(e.is_user_annotation),
-            shapes=tuple(e.input_shapes or ()),
-            device=sum(kernel.duration for kernel in e.kernels),
+    """The host's events of a finished ``torch.profiler.profile``, with the time of the kernels they started.
+
+    The raw events are read: ``profile.events()`` needs a second for what a small model does in a few steps.
+    """
+    raw = profile.profiler.kineto_results.events()
+    kernels: dict[int, float] = {}
+    for e in raw:
+        if e.device_type().name != "CPU" and e.linked_correlation_id() > 0:
+            origin = e.linked_correlation_id()
+            kernels[origin] = kernels.get(origin, 0.0) + e.duration_ns() / 1e3
+    first = min((e.start_ns() for e in raw), default=0)
+    found = []
+    for e in raw:
+        name = e.name()
+        if e.device_type().name != "CPU" or e.linked_correlation_id() > 0 or name.startswith(_INTERNAL):
+            continue
+        if e.start_thread_id() != e.end_thread_id():
+            continue  # begins on one thread and ends on another: it takes no thread's time
+        found.append(
+            Event(
+                name=name,
+                start=(e.start_ns() - first) / 1e3,
+                end=(e.end_ns() - first) / 1e3,
+                thread=e.start_thread_id(),
+                sequence=e.sequence_nr(),
+                forward_thread=e.fwd_thread_id(),
+                backward=e.scope() == _BACKWARD_FUNCTION,
+                annotation=e.is_user_annotation(),
+                shapes=tuple(e.shapes()),
+                device=kernels.get(e.correlation_id(), 0.0),
+            )
         )
-        for e in profile.events()
-        if e.device_type.name == "CPU" and not e.is_async
-    ]
+    return found
 
 
 def nest(events: Iterable[Event]) -> dict[int, list[Event]]:

@@ -98,8 +98,9 @@ def memory_breakdown(
         with without_native_stderr():
             profiler.stop()
     after = _owned(model, optimizer)
-    events = sorted(_events(profiler.profiler.kineto_results.experimental_event_tree(), device), key=lambda e: e[0])  # type: ignore[union-attr]
-    snapshots = _replay(events, live, start)
+    # The tree of events is the only place where allocations have an address.
+    found = profiler.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    snapshots = _replay(sorted(_events(found, device), key=lambda event: event[0]), live, start)
     older = {kind: owned[kind].keys() for kind in owned}
     return MemoryReport(
         before=_sum(snapshots[0], older, owned["optimizer"].keys()),
@@ -121,6 +122,12 @@ def _replay(
     events: list[tuple[int, int, int, str]], live: dict[int, _Allocation], start: int
 ) -> tuple[_Snapshot, _Snapshot]:
     """What was alive at first, and at the peak."""
+    new: set[int] = set()
+    for _, pointer, size, phase in events:  # buffers that were kept for gradients since an earlier step
+        if phase == _GRADIENT and pointer not in new:
+            live.setdefault(pointer, _Allocation(size, None)).gradient = True
+        elif phase != _GRADIENT and size > 0:
+            new.add(pointer)
     first = _Snapshot(start, dict(live))
     peak, current = first, start
     for _, pointer, size, phase in events:
@@ -187,14 +194,15 @@ def _watch(parameter: Tensor, optimizer: Any) -> Any:
     def note(_: Tensor) -> None:
         for gradient in (parameter.grad, master.grad):
             if gradient is not None and gradient.layout is torch.strided:
-                with record_function(f"{_GRADIENT}{gradient.untyped_storage().data_ptr()}"):
+                storage = gradient.untyped_storage()
+                with record_function(f"{_GRADIENT}{storage.data_ptr()}/{storage.nbytes()}"):
                     pass
 
     return parameter.register_post_accumulate_grad_hook(note)
 
 
 def _events(nodes: list[Any], device: torch.device, phase: str = "other") -> Iterator[tuple[int, int, int, str]]:
-    """(time, address, bytes allocated or minus those freed, phase); for a mark of a gradient, its name as the phase."""
+    """(time, address, bytes allocated or minus those freed, phase); the mark of a gradient has a phase of its own."""
     for node in nodes:
         kind = node.tag.name
         if kind == "Allocation":
@@ -204,7 +212,8 @@ def _events(nodes: list[Any], device: torch.device, phase: str = "other") -> Ite
             continue
         inside = phase
         if node.name.startswith(_GRADIENT):
-            yield node.start_time_ns, int(node.name.removeprefix(_GRADIENT)), 0, _GRADIENT
+            pointer, size = node.name.removeprefix(_GRADIENT).split("/")
+            yield node.start_time_ns, int(pointer), int(size), _GRADIENT
         elif node.name.startswith("autograd::"):
             inside = "backward"
         elif node.name.startswith(PHASE):

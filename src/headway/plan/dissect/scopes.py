@@ -1,4 +1,4 @@
-"""Marks that a dissected step carries: which phase and which module is running, put there by hooks and taken off again."""
+"""Marks in a profile: which phase and which module is running; hooks put them there and come off again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def phase(name: str) -> record_function:
 def marked(model: nn.Module, optimizer: Any = None, collapse: bool = True) -> Iterator[None]:
     """Every module of ``model`` and every step of ``optimizer`` opens a profiler scope while this is open.
 
-    A compiled module is marked from outside and its inside left alone: hooks in there would be compiled, or break the graph.
+    A compiled module is marked from outside and its inside left alone: hooks in there would be compiled, or break
+    the graph.
 
     Args:
         collapse: give the modules of a list of equals one name, ``blocks.*``.
@@ -86,7 +87,7 @@ def _outside_of_graphs(model: nn.Module, collapse: bool) -> Iterator[tuple[tuple
 
 
 def _is_graph(module: nn.Module) -> bool:
-    """``module.compile()``, ``torch.compile(module)``, or an instance whose ``forward`` was replaced by a compiled one."""
+    """``module.compile()``, ``torch.compile(module)``, or an instance with a compiled ``forward``."""
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return True
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")

@@ -112,7 +112,10 @@ class Tree:
         return sum(value / self.peaks[name] for name, value in node.flops.items()) / (node.milliseconds / 1e3)
 
     def coverage(self, phase: str | None = None) -> float:
-        """Share of a phase in which an operation ran, the rest being Python; without ``phase``, of the step with a known phase."""
+        """Share of a phase in which operations ran, the rest being Python.
+
+        Without ``phase``: the share of the step that is in another phase than ``other``.
+        """
         if phase is None:
             other = self.root.children.get("other")
             return 1 - (other.milliseconds if other else 0.0) / self.milliseconds

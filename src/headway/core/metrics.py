@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from headway.core.errors import require
+from headway.core.files import write_text
 
 if TYPE_CHECKING:
     from headway.core.recipe import Recipe
@@ -51,8 +53,9 @@ class MetricsFile(Observer):
     def on_start(self, trainer: Trainer) -> None:
         """Drop the lines of steps that will be done again, and a line that a kill cut short."""
         kept = [r for r in read_metrics(self.path) if r["step"] <= trainer.step]
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r) + "\n" for r in kept)
+        if trainer.evaluation.get("step") != trainer.step:
+            kept = [r for r in kept if r["step"] < trainer.step or "eval_loss" not in r]
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
@@ -62,6 +65,11 @@ class MetricsFile(Observer):
     def on_eval(self, trainer: Trainer, record: Record) -> None:
         """Append the line."""
         self._write(record)
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """Make the lines as durable as the checkpoint: a run that goes on from it does not write them again."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def _write(self, record: Record) -> None:
         assert self.file is not None

@@ -134,7 +134,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _clear(path: Path) -> None:
-    for entry in path.iterdir():
+    # The recipe goes last: a directory without one is taken for somebody else's, and a kill may come at any moment.
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
         if entry.name == ".lock":
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -155,6 +155,7 @@ class Trainer:
                 raise DivergedError("data", "is exhausted before the first step", hint="lower train.batch or add data")
             if not stop and self.evaluation.get("step") != self.step:
                 self._evaluate()
+                saved_at = None  # a checkpoint without the last evaluation would have it made and logged twice
             if saved_at != self.step and self.step:
                 self._save()
         if stop:

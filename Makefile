@@ -9,7 +9,7 @@ export HEADWAY_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format browser clean
+.PHONY: help setup train test lint format docs browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/' | expand -t 16
@@ -37,9 +37,12 @@ lint: $(STAMP)  ## style, types and the order of the house
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format:  $(STAMP)  ## put the code into its standard form
+format: $(STAMP)  ## put the code into its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## the reference pages, from the code
+	$(BIN)/python docs/reference.py
 
 browser:  ## a headless browser for the report's test: from Debian, if we may
 	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

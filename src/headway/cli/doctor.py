@@ -22,10 +22,11 @@ def doctor(
 
     note("measuring matrix products, memory, disk and torch.compile")
     facts = examine(runs)
-    print_json(facts) if json else _print(facts)
+    print_json(facts) if json else print_facts(facts)
 
 
-def _print(facts: dict[str, Any]) -> None:
+def print_facts(facts: dict[str, Any]) -> None:
+    """What `examine` found, as two tables."""
     machine = facts["hardware"]
     rows = [
         ("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used"),

@@ -37,4 +37,4 @@ def schema() -> None:
     """Print the JSON schema of recipe files: save it and name it in your editor."""
     from headway.core.recipe import Recipe
 
-    print_json(Recipe.schema())
+    print_json(Recipe.file_schema())

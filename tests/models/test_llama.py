@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from headway.core.errors import ModelError
-from headway.models.build import build_model
+from headway.models.build import build_model, init_weights
 from headway.models.config import GPT2Config, LlamaConfig
 from headway.models.gpt2 import positions_in_documents
-from tests.models.references import tokens
+from headway.models.hf import load_hf
+from tests.models.references import saved, tokens
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(hidden=32, layers=3, heads=4, kv_heads=2, vocab=97, context=128, qk_norm=True),
@@ -103,6 +105,31 @@ def test_rotary_positions_are_relative_and_learned_ones_are_not() -> None:
     model = model_of("gpt2")
     rows = [model(x[i : i + 1], positions=positions[i]) for i in range(2)]
     torch.testing.assert_close(model(x, positions=positions), torch.cat(rows), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_goes_by_the_farthest_position(tmp_path: Path) -> None:
+    theirs = saved("llama-dynamic", tmp_path)  # for 64 positions
+    ours = load_hf(tmp_path).eval()
+    x, far = tokens(length=20), torch.arange(70, 90)
+    expected = theirs(x, position_ids=far.expand(2, -1)).logits
+    torch.testing.assert_close(ours(x, positions=far), expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(ours(x), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_stays_behind_on_another_device(name: str) -> None:
+    model = model_of(name).to("meta")
+    x = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    assert model(x).device.type == model(x, segments=x).device.type == "meta"
+    cache = model.new_cache(2, 12)
+    model(x, cache=cache)
+    assert model(x[:, :1], cache=cache).shape == (2, 1, 97) and cache.state["keys.0"].is_meta
+    with torch.device("meta"):  # made there, then moved to real memory: its frequencies are real as well
+        made = type(model)(CONFIGS[name])
+    made = made.to_empty(device="cpu")
+    init_weights(made, 0.02, seed=0)
+    assert torch.equal(made(tokens(length=9)), build_model(CONFIGS[name], seed=0)(tokens(length=9)))
 
 
 def test_positions_in_documents() -> None:

@@ -17,7 +17,8 @@ from headway.core.units import human
 Style = Literal["line", "faint", "dashed", "points", "bars"]
 Format = Literal["plain", "si", "bytes", "seconds"]
 
-WIDTHS = {"wide": (560, 280), "narrow": (350, 250)}
+SIZES = {"full": (1120, 330), "half": (560, 280), "narrow": (350, 250)}
+"""Width and height: across the page, beside another chart, on a phone."""
 COLORS = 8
 """Number of series colours in the style sheet."""
 _POINTS = 400
@@ -57,6 +58,8 @@ class Chart:
     y_format: Format = "plain"
     log_x: bool = False
     log_y: bool = False
+    full: bool = False
+    """Drawn across the page instead of beside another chart."""
     from_zero: bool = False
     """The vertical axis begins at 0, for quantities whose size matters."""
     caption: str = ""
@@ -77,8 +80,10 @@ class Chart:
             for i, line in enumerate(shown)
             if line.style != "faint"
         )
+        if sum(line.style != "faint" for line in shown) == 1:
+            legend = ""  # the title says it
         scales = _Scales(self, shown)
-        drawings = "".join(_svg(self, shown, scales, kind) for kind in WIDTHS)
+        drawings = "".join(_svg(self, shown, scales, kind) for kind in (("full" if self.full else "half"), "narrow"))
         data = {
             "xf": self.x_format,
             "yf": self.y_format,
@@ -112,12 +117,13 @@ class _Scales:
         else:
             self.x = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, max(xs) + 0.5)
         self.y = _padded(ys, self.log_y, chart.from_zero or bars)
-        self.x_ticks = [] if chart.names else _ticks(*self.x, self.log_x, 5)
-        self.y_ticks = _ticks(*self.y, self.log_y, 5)
+        self.x_ticks = [] if chart.names else _ticks(*self.x, self.log_x, 9 if chart.full else 5)
+        unit = 1024.0 ** max(0, math.floor(math.log(max(self.y[1], 1.0), 1024))) if chart.y_format == "bytes" else 1.0
+        self.y_ticks = [tick * unit for tick in _ticks(self.y[0] / unit, self.y[1] / unit, self.log_y, 5)]
 
     def place(self, kind: str) -> tuple[Callable[[float], float], Callable[[float], float]]:
         """Functions from data to pixels."""
-        width, height = WIDTHS[kind]
+        width, height = SIZES[kind]
         left, right, top, bottom = _MARGIN
 
         def along(value: float, ends: tuple[float, float], log: bool) -> float:
@@ -173,7 +179,7 @@ def _thinned(line: Line) -> dict[str, list[float]]:
 def format_value(value: float, kind: Format) -> str:
     """A number for an axis or a table."""
     if kind == "bytes":
-        return human(value, "B")
+        return human(value, "B").replace(".00", "").replace(".0", "")
     if kind == "si" and abs(value) >= 1000:
         return human(value).replace(".00", "").replace(".0", "")
     if kind == "seconds" and abs(value) >= 120:
@@ -183,7 +189,7 @@ def format_value(value: float, kind: Format) -> str:
 
 
 def _svg(chart: Chart, lines: list[Line], scales: _Scales, kind: str) -> str:
-    width, height = WIDTHS[kind]
+    width, height = SIZES[kind]
     left, right, top, bottom = _MARGIN
     px, py = scales.place(kind)
     inner = (left, top, width - right, height - bottom)
@@ -195,7 +201,7 @@ def _svg(chart: Chart, lines: list[Line], scales: _Scales, kind: str) -> str:
         parts.append(f'<text x="{left - 7}" y="{y + 3.5:.1f}" text-anchor="end">{escape(label)}</text>')
     x_ticks = [(tick, format_value(tick, chart.x_format)) for tick in scales.x_ticks]
     x_ticks += [(float(i), name) for i, name in enumerate(chart.names)]
-    for tick, label in x_ticks if kind == "wide" or chart.names else x_ticks[::2]:
+    for tick, label in x_ticks if kind != "narrow" or chart.names else x_ticks[::2]:
         x = px(tick)
         anchor = "end" if x > inner[2] - 14 else "middle"
         parts.append(f'<text x="{x:.1f}" y="{inner[3] + 16}" text-anchor="{anchor}">{escape(label)}</text>')
@@ -213,7 +219,7 @@ def _svg(chart: Chart, lines: list[Line], scales: _Scales, kind: str) -> str:
     drawn = "".join(parts) + f'<svg {size}>{marks}</svg><g class="hover"></g>'
     ends = [*scales.x, int(scales.log_x), *scales.y, int(scales.log_y)]
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}" '
+        f'<svg class="plot {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}" '
         f'data-plot="{",".join(map(str, inner))}" data-ends="{",".join(f"{e:.8g}" for e in ends)}">{drawn}</svg>'
     )
 
@@ -241,7 +247,7 @@ def _mark(
         ]
     if line.style in ("line", "faint", "dashed"):
         parts.append(f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>')
-    if line.style == "points" or (line.style in ("line", "dashed") and len(points) <= 40):
+    if line.style == "points" or (line.style in ("line", "dashed") and len(points) <= 12):
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3.5 if line.style == "points" else 2.4}"/>' for x, y in points
         ]

@@ -69,8 +69,17 @@ def _interpolated(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average that remembers about a fiftieth of the values, without the bias of its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
+    """An average over about a fiftieth of the values around each one.
+
+    Exponential, once forwards and once backwards: their mean lags in neither direction, as one alone would.
+    """
+    keep = 1 - 1 / max(1.0, len(values) / 100)
+    forwards = _remembering(values, keep)
+    backwards = _remembering(values[::-1], keep)[::-1]
+    return [(a + b) / 2 for a, b in zip(forwards, backwards)]
+
+
+def _remembering(values: Sequence[float], keep: float) -> list[float]:
     total = weight = 0.0
     result = []
     for value in values:
@@ -96,26 +105,34 @@ def loss_chart(logs: list[Log], by_time: bool = False) -> Chart:
         style: Style = "points" if len(at) == 1 else "line" if single else "dashed"
         lines.append(Line("eval" if single else f"{log.label}, eval", at, losses, 1 if single else index, style))
     if by_time:
-        return Chart("Loss by training time", "training time", "loss", lines, x_format="seconds")
-    return Chart("Loss by tokens", "tokens", "loss", lines)
+        return Chart("Loss by training time", "training time", "loss", lines, x_format="seconds", full=True)
+    return Chart("Loss by tokens", "tokens", "loss", lines, full=True)
 
 
 def quantity_chart(
-    logs: list[Log], key: str, title: str, unit: str = "", form: Format = "plain", from_zero: bool = False
+    logs: list[Log], key: str, title: str, unit: str = "", form: Format = "plain", smooth: bool = False
 ) -> Chart:
-    """One logged quantity of every run by tokens."""
+    """One logged quantity of every run by tokens; ``smooth`` draws its average, with the logged values faint behind."""
     lines = []
     for index, log in enumerate(logs):
-        lines.append(Line(title.lower() if len(logs) == 1 else log.label, log.tokens, log.values(key), index))
-    return Chart(title, "tokens", unit, lines, y_format=form, from_zero=from_zero)
+        name = title.lower() if len(logs) == 1 else log.label
+        values = log.values(key)
+        if smooth and len(values) > 50:
+            lines.append(Line(name, log.tokens, values, index, "faint"))
+            values = smoothed(values)
+        lines.append(Line(name, log.tokens, values, index))
+    return Chart(title, "tokens", unit, lines, y_format=form, from_zero=True)
 
 
 def other_charts(logs: list[Log]) -> list[Chart]:
-    """Bits per byte, learning rate, throughput, gradient norm, memory: those that were logged."""
+    """Throughput, learning rate, gradient norm, memory: those that were logged."""
     charts = [
-        quantity_chart(logs, "tokens_per_second", "Throughput", "tokens/s", "si", from_zero=True),
-        quantity_chart(logs, "lr", "Learning rate", from_zero=True),
-        quantity_chart(logs, "grad_norm", "Gradient norm", from_zero=True),
-        quantity_chart(logs, "peak_memory_bytes", "Live memory, peak so far", "", "bytes", from_zero=True),
+        quantity_chart(logs, "tokens_per_second", "Throughput", "tokens/s", "si", smooth=True),
+        quantity_chart(logs, "lr", "Learning rate"),
+        quantity_chart(logs, "grad_norm", "Gradient norm"),
+        quantity_chart(logs, "peak_memory_bytes", "Live memory, peak so far", "", "bytes"),
     ]
-    return [chart for chart in charts if not chart.empty]
+    charts = [chart for chart in charts if not chart.empty]
+    if len(charts) % 2:
+        charts[-1].full = True  # it has a row of the page to itself
+    return charts

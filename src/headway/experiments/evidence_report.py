@@ -60,7 +60,11 @@ def _outcomes(item: Outcome | str | Path) -> list[Outcome]:
 def _outcome_view(outcome: Outcome) -> dict[str, Any]:
     measured = f"measured on {outcome.date[:10]} in {human_seconds(outcome.minutes * 60)}"
     seeds = f"seeds {', '.join(map(str, outcome.seeds))}" if len(outcome.seeds) > 1 else f"seed {outcome.seeds[0]}"
-    commit = f"commit {outcome.commit}" if outcome.commit else "outside a checkout"
+    commit, _, changes = (outcome.commit or "").partition("+")
+    source = f"commit {commit[:12]}{' with changes' if changes else ''}" if commit else "outside a checkout"
+    charts = [figure_chart(figure) for figure in outcome.figures]
+    if len(charts) % 2:
+        charts[-1].full = True  # it has a row of the page to itself
     verdict = ("held here", "held") if outcome.held else ("did not hold here", "missed")
     return {
         "name": outcome.name,
@@ -71,9 +75,9 @@ def _outcome_view(outcome: Outcome) -> dict[str, Any]:
         "verdict": verdict[0],
         "verdict_class": verdict[1],
         "rows": [_row_view(row) for row in outcome.rows],
-        "charts": [figure_chart(figure) for figure in outcome.figures],
+        "charts": charts,
         "notes": outcome.notes,
-        "provenance": f"{measured}, {seeds}, {commit}. {hardware_line(outcome.hardware, outcome.versions)}",
+        "provenance": f"{measured}, {seeds}, {source}. {hardware_line(outcome.hardware, outcome.versions)}",
         "arms": outcome.arms,
         "recipe": yaml.safe_dump(outcome.recipe, sort_keys=False) if outcome.recipe else "",
     }
@@ -85,7 +89,7 @@ def _row_view(row: Row) -> dict[str, Any]:
     return {
         "title": row.title,
         "claimed": row.claimed,
-        "measured": "–" if row.measured is None else f"{row.measured:.4g}{unit}",
+        "measured": "–" if row.measured is None else f"{row.measured:.4g}".replace("inf", "∞") + unit,
         "interval": f"{row.interval[0]:.4g} to {row.interval[1]:.4g}" if row.interval else "",
         "expected": row.expected,
         "note": row.note,

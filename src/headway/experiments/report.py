@@ -78,7 +78,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
             for run, label, summary in zip(runs, labels, summaries)
         ],
         tiles=_tiles(summaries[0]) if single else [],
-        summary=[] if single else _summary_rows(summaries),
+        summary=[] if single else _summary_rows(summaries, [bool(run.summary) for run in runs]),
         warnings=[
             {"run": "" if single else label, **entry}
             for label, summary in zip(labels, summaries)
@@ -161,18 +161,20 @@ def _tiles(summary: Summary) -> list[dict[str, str]]:
     return [entry for entry in found if entry]
 
 
-def _summary_rows(summaries: list[Summary]) -> list[dict[str, Any]]:
+def _summary_rows(summaries: list[Summary], finished: list[bool]) -> list[dict[str, Any]]:
     rows = []
     for key, name, show, better in _FACTS:
         values = [summary.get(key) for summary in summaries]
-        known = [value for value in values if value is not None]
-        if not known:
+        if all(value is None for value in values):
             continue
-        best = (max(known) if better > 0 else min(known)) if better and len(set(known)) > 1 else None
+        # A run that is not finished has had less of everything: it neither wins nor is set in proportion.
+        known = [value for value, done in zip(values, finished) if done and value is not None]
+        best = (max if better > 0 else min)(known) if better and len(set(known)) > 1 else None
         first = values[0]
         cells = []
         for index, value in enumerate(values):
-            ratio = f"{value / first:.3g}x" if index and first and value is not None and value != first else ""
+            related = index and finished[0] and finished[index] and first and value is not None and value != first
+            ratio = f"{(value or 0) / first:.3g}x" if related and first else ""
             text = "–" if value is None else show(value)
             cells.append({"text": text, "best": best is not None and value == best, "ratio": ratio})
         rows.append({"name": name, "cells": cells})

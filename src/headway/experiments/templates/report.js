@@ -43,7 +43,7 @@
         });
       });
     }
-    for (const svg of chart.querySelectorAll("svg.wide, svg.narrow")) {
+    for (const svg of chart.querySelectorAll("svg.plot")) {
       const [left, top, right, bottom] = svg.dataset.plot.split(",").map(Number);
       const [x0, x1, logX, y0, y1, logY] = svg.dataset.ends.split(",").map(Number);
       const hover = svg.querySelector(".hover");

@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``recompute``: None, or "plain" or "reentrant" checkpoints of each block, and of the head with ``recompute_head``."""
+    """``recompute``: None, or "plain" or "reentrant" checkpoints of each block; ``recompute_head``: of the head too."""
 
     def __init__(self, dim: int = 64, layers: int = 3, heads: int = 2, vocab: int = 128) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""`headway methods`, `recipe` and `doctor`. Needs torch. Run: pytest tests/cli/test_catalogue.py"""
+"""`headway methods`, `recipe`, `report` and `doctor`. Needs torch. Run: pytest tests/cli/test_catalogue.py"""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -34,19 +35,33 @@ def test_one_card(name, capsys):
     assert card["title"] in out and all(option["name"] in out for option in card["options"])
 
 
-def test_a_card_shows_its_evidence(tmp_path, monkeypatch, capsys):
-    (tmp_path / "evidence").mkdir()
+@pytest.fixture
+def evidence(tmp_path, monkeypatch) -> Path:
+    """The file of an experiment named after a method, in the working folder's `evidence/`."""
     row = {"measure": "speed", "title": "Speed", "claimed": "2x", "measured": 1.9, "unit": "x",
            "expected": "at least 1.5", "bound": {"op": "at_least", "bound": [1.5]}, "held": True}  # fmt: skip
     outcome = {"name": "ema", "title": "T", "paper": "P", "claim": "C", "held": True, "quick": False, "rows": [row],
                "measurements": {}, "arms": {}, "recipe": {}, "seeds": [0], "minutes": 1, "date": "2026-01-01",
                "commit": None, "hardware": {"cpu": "a chip", "gpu": None}, "versions": {}}  # fmt: skip
-    (tmp_path / "evidence" / "ema.json").write_text(json.dumps(outcome))
+    file = tmp_path / "evidence" / "ema.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(outcome))
     monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_a_card_shows_its_evidence(evidence, capsys):
     assert answer(capsys, "methods", "ema")["evidence"]["rows"][0]["measured"] == 1.9
     assert main(["methods", "ema"]) == 0
     out = capsys.readouterr().out
     assert "a chip" in out and "1.9 x" in out and "held" in out
+
+
+def test_reports_on_runs_and_on_evidence(trained, evidence, tmp_path, capsys):
+    assert main(["report", str(trained), str(trained), "--out", "both.html"]) == 0
+    assert main(["report", str(evidence)]) == 0
+    assert capsys.readouterr().out == "both.html\nreport.html\n"
+    assert "<svg" in (tmp_path / "both.html").read_text() and "1.9" in (tmp_path / "report.html").read_text()
 
 
 def test_an_unknown_method_gets_the_nearest(capsys):

@@ -28,7 +28,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 def test_it_trains_into_the_next_free_directory(recipe, capsys):
     assert main(["train", str(recipe)]) == 0
     assert main(["train", str(recipe), "train.steps=2"]) == 0
-    assert Path("runs/tiny-1/summary.json").is_file()
+    assert Path("runs/tiny-1/summary.json").is_file() and "<svg" in Path("runs/tiny-1/report.html").read_text()
     assert json.loads(Path("runs/tiny-2/summary.json").read_text())["steps"] == 2
     out, err = capsys.readouterr()
     assert "runs/tiny-1" in out and "validation bits per byte" in out

@@ -33,13 +33,15 @@ def train(
 ) -> None:
     """Train a recipe. The same RECIPE and DIR again go on where they stopped; Ctrl-C saves first.
 
-    Everything shown is also in DIR/metrics.jsonl and TensorBoard (DIR/tensorboard); DIR/summary.json holds the results.
+    Everything shown is also in DIR/metrics.jsonl and TensorBoard (DIR/tensorboard); the results are in DIR/summary.json
+    and DIR/report.html.
     """
     from headway.cli.progress import progress
     from headway.core.errors import Interrupted
     from headway.core.recipe import Recipe
     from headway.core.run import next_run_directory
     from headway.core.train import train as train_run
+    from headway.experiments.report import write_report
 
     loaded = Recipe.load(recipe, overrides or ())
     folder = run or next_run_directory(loaded.name)
@@ -52,6 +54,7 @@ def train(
         raise
     finally:
         observer.close()
+    write_report([done], done.path / "report.html")
 
     result = {"run": str(done.path), **done.summary}
     if baselines:

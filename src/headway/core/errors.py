@@ -25,7 +25,9 @@ class HeadwayError(Exception):
         self.where, self.what, self.expected, self.hint = where, what, expected, hint
         parts = [f"{where}: {what}" if what else where]
         if got is not _MISSING:
-            parts.append(f"got {got!r}" if what else f": got {got!r}")
+            shown = repr(got)
+            shown = shown if len(shown) <= 200 else f"{shown[:160]} ... ({len(shown)} characters)"
+            parts.append(f"got {shown}" if what else f": got {shown}")
         if expected:
             parts.append(f"expected {expected}")
         message = ", ".join(parts).replace(", : ", ": ")

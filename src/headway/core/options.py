@@ -67,6 +67,9 @@ def _problem(cls: type[Options], where: str, details: Any) -> dict[str, Any]:
     if kind == "missing":
         return {"where": path, "what": "is required"}
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.replace("String should ", "a string to ")
+    if kind == "value_error" and not location:  # of options that do not fit one another: the sentence says all
+        return {"where": path, "what": message}
     if kind == "literal_error" and isinstance(got, str):
         allowed = [v.strip().strip("'") for v in message.replace(" or ", ", ").split(",")]
         return {"where": path, "got": got, "expected": message, "hint": nearest(got, allowed)}

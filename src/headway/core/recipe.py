@@ -19,6 +19,7 @@ from headway.core.errors import RecipeError, nearest
 from headway.core.files import write_text
 from headway.core.options import Options, parse_options
 from headway.core.units import Count, Seconds
+from headway.core.workload import Workload
 
 __all__ = ["EvalOptions", "LogOptions", "Options", "Recipe", "TrainOptions", "parse_override"]
 
@@ -125,23 +126,21 @@ class Recipe(Options):
                 raise RecipeError(str(key), "is not a key of a recipe", hint=nearest(key, cls.model_fields))
         resolved = {key: value for key, value in raw.items() if value is not None}
         workload = registry.find("workloads", resolved.get("workload", "language"), "workload")
+        if not (isinstance(workload, type) and issubclass(workload, Workload)):
+            raise RecipeError("workload", got=resolved["workload"], expected="a headway workload")
         section = {key: _mapping(resolved, key) for key in ("model", "data", "optimizer", "schedule", "checkpoint")}
         kinds = {
             "model": workload.model_options(section["model"]),
             "data": workload.data_options(section["data"]),
-            "optimizer": registry.find(
-                "optimizers", section["optimizer"].get("name", "adamw"), "optimizer.name"
-            ).Options,
-            "schedule": registry.find("schedules", section["schedule"].get("name", "cosine"), "schedule.name").Options,
-            "checkpoint": registry.find(
-                "checkpointers", section["checkpoint"].get("mode", "plain"), "checkpoint.mode"
-            ).Options,
+            "optimizer": _options("optimizers", section["optimizer"].get("name", "adamw"), "optimizer.name"),
+            "schedule": _options("schedules", section["schedule"].get("name", "cosine"), "schedule.name"),
+            "checkpoint": _options("checkpointers", section["checkpoint"].get("mode", "plain"), "checkpoint.mode"),
         }
         for key, kind in kinds.items():
             resolved[key] = parse_options(kind, section[key], key)
         resolved["train"] = parse_options(TrainOptions, resolved.get("train"), "train")
         resolved["methods"] = {
-            name: parse_options(registry.find("methods", name, f"methods.{name}").Options, options, f"methods.{name}")
+            name: parse_options(_options("methods", name, f"methods.{name}"), options, f"methods.{name}")
             for name, options in _mapping(resolved, "methods").items()
             if options is not False
         }
@@ -191,8 +190,15 @@ class Recipe(Options):
         return create_model("Recipe", __base__=Options, **fields).model_json_schema(by_alias=True)
 
 
+def _options(kind: str, name: str, where: str) -> type[Options]:
+    options = getattr(registry.find(kind, name, where), "Options", None)
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        raise RecipeError(where, got=name, expected=f"a headway {kind.removesuffix('s')} (a class with Options)")
+    return options
+
+
 def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key) or {}
+    value = {} if raw.get(key) is None else raw[key]
     if isinstance(value, Options):
         value = value.model_dump(mode="json", by_alias=True)
     if not isinstance(value, dict):

@@ -62,19 +62,23 @@ def find(kind: str, name: str, where: str) -> Any:
     Raises:
         RecipeError: nobody knows the name, or its module cannot be imported.
     """
+    singular = kind.removesuffix("s")
+    if not isinstance(name, str):
+        raise RecipeError(where, got=name, expected="a name", hint=f"there are: {', '.join(names(kind))}")
     target = TABLE[kind].get(name) or _installed(kind).get(name) or (name if ":" in str(name) else None)
     if target is None:
-        singular = kind.removesuffix("s")
         raise RecipeError(where, f"there is no {singular} {name!r}", hint=nearest(name, names(kind)))
     module, _, attribute = target.partition(":")
     if name == target and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe, as with `python -m`
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except HeadwayError:
         raise
-    except ImportError as error:
-        raise RecipeError(where, f"cannot import {target!r} ({error})", hint="check the module's name") from error
-    except AttributeError as error:
-        members = [m for m in dir(importlib.import_module(module)) if not m.startswith("_")]
-        raise RecipeError(where, f"{module!r} has no {attribute!r}", hint=nearest(attribute, members)) from error
+    except Exception as error:  # a module that is not ours may fail in any way
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError) else str(error)
+        raise RecipeError(where, f"cannot import {target!r} ({why})", hint="check the module's name") from error
+    if not hasattr(found, attribute):
+        members = [m for m in dir(found) if not m.startswith("_")]
+        raise RecipeError(where, f"{module!r} has no {attribute!r}", hint=nearest(attribute, members))
+    return getattr(found, attribute)

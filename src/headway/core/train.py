@@ -63,13 +63,13 @@ def train(
         if (state := trainer.checkpointer.load()) is not None:
             trainer.load_state_dict(state)
             del state
-        recipe.save(path / "recipe.yaml")
-        trainer.workload.save_extras(path)
         own: list[Observer] = [MetricsFile(path / "metrics.jsonl")]
         own += [TensorBoard(path / "tensorboard")] if recipe.log.tensorboard else []
         own += [{"wandb": WandB, "mlflow": MLflow}[sink](recipe) for sink in recipe.log.sinks]
         for observer in own:
             stack.callback(observer.close)
+        recipe.save(path / "recipe.yaml")
+        trainer.workload.save_extras(path)
         trainer.observers = [*own, *observers]
         trainer.fit()
         summary = summarize(trainer, path, time.perf_counter() - started)

@@ -61,7 +61,7 @@ class Language(Workload):
     def model_options(raw: dict[str, Any]) -> type[Options]:
         """By ``model.family``, Llama where it is not given."""
         family = raw.get("family", "llama")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise RecipeError(
                 "model.family", got=family, expected=" or ".join(FAMILIES), hint=nearest(str(family), FAMILIES)
             )

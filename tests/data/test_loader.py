@@ -169,7 +169,7 @@ def test_a_batch_costs_microseconds(mask: bool) -> None:
     stream = Stream(data, batch=8, micro_batch=4, seed=0)
     times = []
     for _ in range(300):
-        begin = time.perf_counter()
+        begin = time.process_time()
         next(stream)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     assert np.median(times) < 1e-3

@@ -119,9 +119,9 @@ def test_the_pass_limit_reaches_the_stream() -> None:
 
 def test_the_stdlib_and_its_second_use(tmp_path: Path) -> None:
     first = build(tokenizer="byte", cache=str(tmp_path))
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process alone, whatever else the machine does; about 0.06 s when written
     again = build(tokenizer="byte", cache=str(tmp_path))
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
     assert again.train.fingerprint == first.train.fingerprint
     assert again.unique_tokens > 5_000_000
     assert again.validation_bytes == sum(len(t.encode()) for t in again.texts("validation"))

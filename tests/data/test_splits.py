@@ -85,6 +85,13 @@ def test_a_single_text_is_split_by_paragraphs(tmp_path: Path) -> None:
     assert len(train) < 80, "neighbouring pieces are one document"
 
 
+def test_pieces_of_two_documents_never_join(tmp_path: Path) -> None:
+    texts = [TEXT, TEXT.replace("Paragraph", "Section"), TEXT.upper()]
+    for document in both(MemorySource(texts), 0.05, tmp_path)[0]:
+        assert sum(document.text in text for text in texts) == 1
+        assert not document.continues
+
+
 def test_a_long_file_is_read_in_pieces_that_join_up(tmp_path: Path) -> None:
     text = "".join(f"Zeile {i} hat Umlaute: äöü, 漢字, 🙂.\n" + "\n" * (i % 7 == 0) for i in range(120_000))
     (tmp_path / "long.txt").write_bytes(text.encode())

@@ -95,6 +95,7 @@ def run_cells(
     for _ in range(conduct.retries if conduct.drift is not None else 0):
         if not runner.void():
             break
+        runner.started = False  # the newest measurement of the reference may be the one that drifted
         for repeat in range(conduct.repeats):
             runner.round(repeat)
     return runner.results()

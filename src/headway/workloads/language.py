@@ -16,7 +16,7 @@ from headway.core.errors import RecipeError, nearest
 from headway.core.method import Loss
 from headway.core.options import Options
 from headway.core.workload import StepBatch, Workload
-from headway.data.loader import Stream
+from headway.data.loader import Stream, in_order
 from headway.data.options import DataOptions
 from headway.data.pipeline import Data, build_data
 from headway.layers.linear_cross_entropy import linear_cross_entropy
@@ -128,18 +128,20 @@ class Language(Workload):
         )
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Mean loss per target token and bits per byte, over the same validation sequences each time."""
-        options, data = self.recipe.eval, self.data
+        """Mean loss per target token and bits per byte of the validation text, all of it or the same part each time.
+
+        ``eval.batches`` takes a fixed sample of whole documents that fill so many batches: its bytes are exact too.
+        """
+        options, validation = self.recipe.eval, self.data.validation
         size = options.batch or self.recipe.train.micro_batch or self.recipe.train.batch
-        total = math.ceil(len(data.validation) / size)
-        loss, loss_sum, targets = NextTokenLoss(), 0.0, 0
-        for index in range(min(options.batches or total, total)):
-            wanted = range(index * size, min((index + 1) * size, len(data.validation)))
-            batch = {key: value.to(device) for key, value in data.validation.batch(list(wanted)).items()}
-            batch_sum, count = loss(model, batch)
-            loss_sum, targets = loss_sum + float(batch_sum), targets + int(count)
-        mean = loss_sum / targets
-        return {"eval_loss": mean, "bits_per_byte": mean / math.log(2) / data.bytes_per_token}
+        if options.batches is not None:
+            validation = validation.sample(options.batches * size)
+        loss, loss_sum = NextTokenLoss(), 0.0
+        for batch in in_order(validation, size):
+            batch_sum, _ = loss(model, {key: value.to(device) for key, value in batch.items()})
+            loss_sum += float(batch_sum)
+        bits = loss_sum / math.log(2) / validation.text_bytes
+        return {"eval_loss": loss_sum / validation.targets, "bits_per_byte": bits}
 
     def flops_per_token(self, model: nn.Module) -> float:
         """As the model counts them for sequences of ``data.sequence`` tokens."""

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from headway.layers.attention import attention, attention_mask, attention_reference
+from headway.layers import blocked_attention as blocked
+from headway.layers.attention import attention, attention_reference
+from headway.layers.masks import attention_mask
 
 CASES = {
     "causal": {},
@@ -98,3 +100,63 @@ def test_documents_do_not_see_each_other():
 
 def test_the_mask_is_none_where_everything_is_seen():
     assert attention_mask(4, 4, causal=False) is None
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_blocks_of_queries_give_the_same(name, kv_heads, keep, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(blocked, "_KEEP", 1000 if keep else 0)
+    qkv, options = inputs(kv_heads, dtype, t=37, options=CASES[name])
+    options.setdefault("scale", 1 / math.sqrt(8))
+    out = blocked.blocked_attention(*qkv, block=8, **options)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, qkv, upstream)
+    wide = [x.detach().double().requires_grad_() for x in qkv]
+    expected = attention_reference(*wide, **options)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_blocks_of_new_queries_against_a_cache(window):
+    (q, k, v), _ = inputs(t=37)
+    whole = attention_reference(q, k, v, window=window)
+    part = blocked.blocked_attention(q[:, :, 11:], k, v, window=window, scale=1 / math.sqrt(8), offset=11, block=8)
+    torch.testing.assert_close(part, whole[:, :, 11:])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradcheck_of_the_blocks(keep, monkeypatch):
+    monkeypatch.setattr(blocked, "_KEEP", 1000 if keep else 0)
+    q = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 1, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(lambda q, k, v: blocked.blocked_attention(q, k, v, scale=0.7, block=2), (q, k, v))
+
+
+def test_hidden_blocks_are_never_computed():
+    """Counted: rows times keys of all scores, against the whole square."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Scores(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "_softmax.default" in str(function):
+                self.count += out.numel()
+            return out
+
+    (q, k, v), _ = inputs(kv_heads=4, t=64)
+    for options, share in (({}, 0.625), ({"window": 8}, 0.5), ({"causal": False}, 1.0)):
+        with Scores() as scores:
+            blocked.blocked_attention(q, k, v, block=16, **options)
+        assert scores.count <= share * 2 * 4 * 64 * 64
+
+
+def test_the_output_needs_no_copy_before_the_projection():
+    (q, k, v), _ = inputs(t=37)
+    assert blocked.blocked_attention(q, k, v, block=8).transpose(1, 2).is_contiguous()

@@ -8,34 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def attention_mask(
-    queries: int,
-    keys: int,
-    *,
-    segments: Tensor | None = None,
-    window: int | None = None,
-    causal: bool = True,
-    offset: int = 0,
-    device: torch.device | str | None = None,
-) -> Tensor | None:
-    """Which keys a query may see; ``None`` if all of them.
-
-    Returns:
-        bool [T, S], or [B, 1, T, S] where ``segments`` are given.
-    """
-    i = torch.arange(offset, offset + queries, device=device)[:, None]
-    j = torch.arange(keys, device=device)[None, :]
-    mask: Tensor | None = None
-    if causal:
-        mask = j <= i
-    if window is not None:
-        near = (i - j < window) if causal else (i - j).abs() < window
-        mask = near if mask is None else mask & near
-    if segments is not None:
-        same = segments[:, None, offset : offset + queries, None] == segments[:, None, None, :]  # [B, 1, T, S]
-        mask = same if mask is None else same & mask
-    return mask
+from headway.layers.blocked_attention import blocked_attention, can_block
+from headway.layers.masks import attention_mask
 
 
 def attention_reference(
@@ -89,15 +63,21 @@ def attention(
     Returns:
         [B, H, T, hd] in the dtype of ``q``.
 
+    On a CPU, sequences of some length go by blocks of queries (see ``blocked_attention``); everything else is torch's
+    ``scaled_dot_product_attention``, which has fused kernels for GPUs.
+
     Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 for grouped queries.
     """
     queries, keys = q.shape[2], k.shape[2]
     if window is not None and window >= keys:
         window = None
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if can_block(q, k, v):
+        return blocked_attention(q, k, v, segments=segments, window=window, causal=causal, scale=scale, offset=offset)
     grouped = q.shape[1] != k.shape[1]
     if segments is None and window is None and (not causal or (offset == 0 and queries == keys)):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
-    if queries == 1 and segments is None and window is None and offset == keys - 1:
+    if segments is None and window is None and queries == 1 and offset == keys - 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     mask = attention_mask(
         queries, keys, segments=segments, window=window, causal=causal, offset=offset, device=q.device

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100
-_CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk when the caller does not choose
+_CHUNK_BYTES = {"cpu": 8 * 2**20}  # fp32 logits of a chunk: on a CPU they should stay in its cache,
+_CHUNK_BYTES_ELSEWHERE = 256 * 2**20  # on a GPU they should occupy it
+_MIN_CHUNK = 512  # fewer tokens than this and adding up the weight's gradient costs more than the cache saves
 
 
 def linear_cross_entropy_reference(
@@ -51,7 +53,7 @@ def linear_cross_entropy(
         hidden: [N, D].
         weight: [V, D].
         targets: int64 [N]; -100 is ignored.
-        chunk: tokens whose logits exist at a time; by default as many as fit 64 MiB of fp32.
+        chunk: tokens whose logits exist at a time; by default as many as suit the device.
         label_smoothing: share of the target's probability that is spread over the vocabulary.
         z_loss: weight of the squared log-partition function (PaLM, section 5), added to each token's loss.
         logit_scale: multiplies the logits.
@@ -61,7 +63,8 @@ def linear_cross_entropy(
         Gradients are exact, in the dtypes of ``hidden`` and ``weight``; there are no second derivatives.
     """
     if chunk is None:
-        chunk = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+        budget = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES_ELSEWHERE)
+        chunk = max(_MIN_CHUNK, budget // (4 * weight.shape[0]))
     grad = torch.is_grad_enabled()
     loss = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, label_smoothing, z_loss, logit_scale, grad)
     return loss, (targets != IGNORE).sum()
@@ -81,34 +84,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         need_hidden, need_weight = (grad and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        for start in range(0, hidden.shape[0], chunk):
+        for start in range(0, tokens, chunk):
             x, y = hidden[start : start + chunk], targets[start : start + chunk]  # [C, D], [C]
             logits = (x @ weight.T).to(wide)  # [C, V]
             if logit_scale != 1.0:
                 logits *= logit_scale
             kept = y != IGNORE
             y = torch.where(kept, y, 0)[:, None]  # [C, 1]
-            z = logits.logsumexp(-1)  # [C]
-            loss_of_token = z - (1 - label_smoothing) * logits.gather(1, y)[:, 0]
-            if label_smoothing:
-                loss_of_token -= label_smoothing * logits.mean(-1)
-            if z_loss:
-                loss_of_token += z_loss * z.square()
+            right = logits.gather(1, y)[:, 0]
+            mean = logits.mean(-1) if label_smoothing else 0.0
+            # The row kernel for the softmax is the one fast exponential on a CPU, but it does not tell the
+            # log-partition function: that is the highest logit less the logarithm of the highest probability.
+            highest = logits.amax(-1)
+            p = torch.softmax(logits, -1)
+            z = highest - p.amax(-1).log()  # [C]
+            loss_of_token = z - (1 - label_smoothing) * right - label_smoothing * mean + z_loss * z.square()
             loss += torch.where(kept, loss_of_token, 0.0).sum()
             if not (need_hidden or need_weight):
                 continue
-            # d loss / d logits = (1 + 2 z_loss z) softmax - (1 - smoothing) onehot - smoothing / V
-            g = logits.sub_(z[:, None]).exp_()
+            # d loss / d logits = (1 + 2 z_loss z) p - (1 - smoothing) onehot - smoothing / V
             if z_loss:
-                g *= (1 + 2 * z_loss * z)[:, None]
-            g.scatter_add_(1, y, torch.full_like(y, -(1 - label_smoothing), dtype=wide))
+                p *= (1 + 2 * z_loss * z)[:, None]
+            p.scatter_add_(1, y, torch.full_like(right, label_smoothing - 1)[:, None])
             if label_smoothing:
-                g -= label_smoothing / weight.shape[0]
-            g = torch.where(kept[:, None], g * logit_scale, 0.0).to(hidden.dtype)
+                p -= label_smoothing / vocabulary
+            p *= (kept * logit_scale)[:, None]
+            g = p.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(g, weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:

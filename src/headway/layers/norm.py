@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,11 +25,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        [..., D] in the dtype of ``x``; the statistics are fp32 (fp64 for fp64 input).
+        [..., D] in the dtype of ``x``; the statistics are fp32 (fp64 for fp64 input). First derivatives only.
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
     """
-    return rms_norm_reference(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """One wide copy of the input, worked on in place; saved are the input and one number per vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = x.to(wide, copy=True)
+        # 1 / rms, [..., 1]
+        scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return normed.mul_(scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(scale.dtype, copy=True).mul_(scale)
+        grad = grad.to(scale.dtype, copy=True)
+        product = grad * normed
+        weight_wide = weight.to(scale.dtype)
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        # with g = weight * grad and n = x * scale: (g - n * mean(g n)) * scale
+        mean = (product @ weight_wide).div_(x.shape[-1]).unsqueeze(-1)
+        return grad.mul_(weight_wide).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
 class RMSNorm(nn.Module):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,8 +25,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         up: [..., F], same dtype.
 
     Returns:
-        [..., F].
+        [..., F]. First derivatives only.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
     """
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves its two inputs alone; ``silu(gate)`` is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

@@ -22,6 +22,7 @@ TABLE: dict[str, dict[str, str]] = {
         "length-warmup": "headway.data.length_warmup:LengthWarmup",
         "one-epoch": "headway.plan.one_epoch.method:OneEpoch",
         "sam": "headway.optim.sam:SAM",
+        "streambp": "headway.memory.streambp.method:StreamBP",
         "token-accumulation": "headway.data.token_accumulation:TokenAccumulation",
     },
     "workloads": {

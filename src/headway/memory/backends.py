@@ -59,7 +59,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class HostBackend:
-    """Host memory: pinned where there is a GPU, anonymous pages elsewhere (so that they are no tensors of the device)."""
+    """Host memory: pinned beside a GPU, anonymous pages elsewhere (so that they are no tensors of the device)."""
 
     name = "host"
     write_lane: LaneName = "device_to_host"

@@ -203,7 +203,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, ca
     damage(saver.save(20, state_of(20)) / file, kind, monkeypatch)
     assert same(checkpointer(tmp_path).load(), state_of(10))
     assert len(log.entries) == 1 and f"step-00000020/{file}" in log.entries[0]["why"]
-    assert "10 steps are trained again" in log.entries[0]["cost"] and "fallback" in capsys.readouterr().err
+    assert "10 steps of training" in log.entries[0]["cost"] and "fallback" in capsys.readouterr().err
 
 
 def test_every_flipped_bit_is_found(tmp_path):

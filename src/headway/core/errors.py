@@ -25,9 +25,7 @@ class HeadwayError(Exception):
         self.where, self.what, self.expected, self.hint = where, what, expected, hint
         parts = [f"{where}: {what}" if what else where]
         if got is not _MISSING:
-            shown = repr(got)
-            shown = shown if len(shown) <= 200 else f"{shown[:160]} ... ({len(shown)} characters)"
-            parts.append(f"got {shown}" if what else f": got {shown}")
+            parts.append(f"got {shown(got)}" if what else f": got {shown(got)}")
         if expected:
             parts.append(f"expected {expected}")
         message = ", ".join(parts).replace(", : ", ": ")
@@ -66,6 +64,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         self.signum = signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, cut where it would bury the message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

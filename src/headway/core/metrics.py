@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from headway.core.errors import require
+from headway.core.errors import HeadwayError, require
 from headway.core.files import write_text
 
 if TYPE_CHECKING:
@@ -69,16 +71,19 @@ class MetricsFile(Observer):
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """Make the lines as durable as the checkpoint: a run that goes on from it does not write them again."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with _written(self.path):
+                os.fsync(self.file.fileno())
 
     def _write(self, record: Record) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(record) + "\n")
+        with _written(self.path):
+            self.file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        if self.file:
-            self.file.close()
+        with suppress(OSError):  # a full disk was told of when the line was written
+            if self.file:
+                self.file.close()
 
 
 class TensorBoard(Observer):
@@ -92,7 +97,8 @@ class TensorBoard(Observer):
         """Open the event file; steps to be done again are purged."""
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.writer = EventFileWriter(str(self.folder))
+        with _written(self.folder):
+            self.writer = EventFileWriter(str(self.folder))
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
         """Write every number under ``train/``."""
@@ -113,12 +119,14 @@ class TensorBoard(Observer):
             for key, value in record.items()
             if key != "step" and isinstance(value, int | float) and math.isfinite(value)
         ]
-        self.writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+        with _written(self.folder):
+            self.writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
 
     def close(self) -> None:
         """Flush and close."""
         if self.writer:
-            self.writer.close()
+            with _written(self.folder):
+                self.writer.close()
 
 
 class WandB(Observer):
@@ -165,6 +173,18 @@ class MLflow(Observer):
     def close(self) -> None:
         """End the service's run."""
         self.mlflow.end_run()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Say of a failure to write, such as a full disk, what file it is and that the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        raise HeadwayError(
+            str(path), why, hint="start the run again when that is mended: it goes on from its last checkpoint"
+        ) from error
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headway.core.errors import HeadwayError
+from headway.core.errors import HeadwayError, RecipeError
 from headway.core.metrics import read_metrics
 from headway.core.recipe import Recipe
 
@@ -40,7 +40,13 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return Recipe.load(self.path / "recipe.yaml")
+        path = self.path / "recipe.yaml"
+        try:
+            return Recipe.load(path)
+        except RecipeError as error:
+            if error.where == str(path.resolve()) or error.where == str(path):
+                raise
+            raise RecipeError(str(path), f"is not a recipe any more ({error})") from error
 
     @property
     def checkpoints(self) -> Path:
@@ -75,10 +81,15 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a run directory for one process; the lock dies with the process.
 
     Raises:
-        HeadwayError: another process trains in it.
+        HeadwayError: another process trains in it, or it cannot be made or written.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("a+") as file:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        raise HeadwayError(str(path), why, hint="choose another directory with --run") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

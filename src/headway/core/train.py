@@ -11,7 +11,7 @@ from typing import Any
 
 from headway.core import meters
 from headway.core.build import DTYPES, build_trainer
-from headway.core.errors import HeadwayError, RecipeError
+from headway.core.errors import CheckpointError, HeadwayError, RecipeError, shown
 from headway.core.fallback import entries
 from headway.core.files import write_json
 from headway.core.metrics import MetricsFile, MLflow, Observer, Record, TensorBoard, WandB, read_metrics
@@ -63,6 +63,9 @@ def train(
         if (state := trainer.checkpointer.load()) is not None:
             trainer.load_state_dict(state)
             del state
+        elif (path / "summary.json").is_file():
+            raise CheckpointError(str(path / "checkpoints"), "is gone or empty, though this run was finished",
+                                  hint="restore it, or start over with --fresh")  # fmt: skip
         own: list[Observer] = [MetricsFile(path / "metrics.jsonl")]
         own += [TensorBoard(path / "tensorboard")] if recipe.log.tensorboard else []
         own += [{"wandb": WandB, "mlflow": MLflow}[sink](recipe) for sink in recipe.log.sinks]
@@ -117,11 +120,13 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     ours, theirs = _flat(recipe.to_dict()), _flat(Run(path).recipe.to_dict())
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     different = [k for k in different if k.split(".")[0] not in RESUMABLE]
+    # `methods: {}` against `methods: {ema: ...}` differs in methods.ema alone.
+    different = [k for k in different if not any(other.startswith(f"{k}.") for other in different)]
     if recipe.schedule.name in ("constant", "inverse-sqrt"):  # type: ignore[attr-defined]
         different = [k for k in different if k not in ("train.steps", "train.tokens", "train.time")]
     if different:
-        shown = ", ".join(f"{k} (was {theirs.get(k)!r}, now {ours.get(k)!r})" for k in different[:4])
-        raise RecipeError(different[0], f"{path} was started with another recipe: {shown}",
+        changes = ", ".join(f"{k} (was {shown(theirs.get(k))}, now {shown(ours.get(k))})" for k in different[:4])
+        raise RecipeError(different[0], f"{path} was started with another recipe: {changes}",
                           hint="name another directory with --run, or start over with --fresh")  # fmt: skip
 
 

@@ -34,6 +34,9 @@ class PlainCheckpointer:
     Args:
         options: how often and how many.
         folder: made when the first checkpoint is saved. What killed writers left in it is removed.
+
+    Raises:
+        CheckpointError: ``folder`` is a file.
     """
 
     class Options(BaseOptions):
@@ -49,6 +52,8 @@ class PlainCheckpointer:
     def __init__(self, options: Options, folder: Path) -> None:
         self.options, self.folder = options, Path(folder)
         self._damaged: set[Path] = set()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(str(self.folder), "is a file", expected="a folder for checkpoints")
         clean(self.folder)
 
     @property
@@ -107,7 +112,7 @@ class PlainCheckpointer:
                 continue
             if problems:
                 lost = max(found) - step
-                cost = f"{lost} steps are trained again"
+                cost = f"{lost} steps of training"
                 fallback(f"the checkpoint {path.name}", "; ".join(problems), cost)
             return state
         if problems:

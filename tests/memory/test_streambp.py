@@ -107,13 +107,12 @@ def test_dropout_draws_the_same_again(name: str) -> None:
     for parameter in (model.embedding.weight, blocks[0].original[0].mlp.down.weight):
         direction = torch.randn_like(parameter)
         along = (parameter.grad * direction).sum()
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            high = loss()
-            parameter -= 2e-6 * direction
-            low = loss()
-            parameter += 1e-6 * direction
-        torch.testing.assert_close((high - low) / 2e-6, along, rtol=1e-5, atol=1e-7)
+        ends = []
+        for step in (1e-6, -2e-6):
+            parameter.data += step * direction
+            ends.append(loss().detach())  # with a graph: without one the block runs whole and draws otherwise
+        parameter.data += 1e-6 * direction
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, along, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -138,9 +137,10 @@ def test_layers_of_transformers(family: str) -> None:
     blocks = structure(model).blocks
     stream_backward(blocks, 8)
     ours, streamed = run()
-    torch.testing.assert_close(ours, loss, rtol=1e-10, atol=0)
+    # Their norms compute in fp32 whatever the model is, so a sum in another order differs by fp32's rounding.
+    torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
     for name, grad in plain.items():
-        assert (streamed[name] - grad).norm() <= 1e-10 * grad.norm() + 1e-14, name
+        assert (streamed[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-12, name
 
 
 def test_unknown_blocks_are_refused_by_name_and_none_is_replaced() -> None:

@@ -12,7 +12,7 @@ from headway.core.errors import DivergedError, HeadwayError
 
 
 def made_up(work: dict[str, Any]) -> dict[str, Any]:
-    """``seconds`` per step, ``tokens`` per step; ``fail`` chooses a failure; ``count`` names a file that calls are noted in."""
+    """``seconds`` and ``tokens`` per step; ``fail`` chooses a failure; ``count`` is a file that calls are noted in."""
     if "count" in work:
         with Path(work["count"]).open("a") as file:
             file.write(f"{work.get('name', '')}\n")

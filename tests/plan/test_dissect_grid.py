@@ -1,4 +1,4 @@
-"""Grids: every way to fail is a result, ladders stop, the log resumes, drift makes void, comparisons that mislead are refused.
+"""Grids: failures are results, ladders stop, the log resumes, drift makes void, what misleads is not compared.
 
 Needs no torch in the cells, which are made up: pytest tests/plan/test_dissect_grid.py
 """
@@ -235,7 +235,8 @@ def test_a_real_grid_of_recipes(tiny, tmp_path):
     recipe = json.dumps(tiny(train={"batch": 4}))
     (tmp_path / "tiny.yaml").write_text(recipe)
     spec.write_text(
-        "recipe: tiny.yaml\ntechniques: {accumulate: train.micro_batch=2, broken: [optimizer.lr=1e30, train.clip=null]}\n"
+        "recipe: tiny.yaml\n"
+        "techniques: {accumulate: train.micro_batch=2, broken: [optimizer.lr=1e30, train.clip=null]}\n"
         "combine: 1\nwarmup: 2\nmeasure: 3\nrepeats: 1\ndrift: null\ntimeout: 120\n"
     )
     results = run_grid(spec, tmp_path / "log.jsonl")

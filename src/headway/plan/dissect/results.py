@@ -213,9 +213,8 @@ def refuse_incomparable(cells: Sequence[CellResult]) -> None:
         raise HeadwayError(
             ", ".join(short), f"has fewer than {LEAST_STEPS} measured steps", hint="raise the number of measured steps"
         )
-    tokens = {cell.name: cell.tokens_per_step for cell in measured}
-    if len(set(tokens.values())) > 1:
-        counts = ", ".join(f"{name} {value:g}" for name, value in tokens.items())
+    if len({cell.tokens_per_step for cell in measured}) > 1:
+        counts = ", ".join(f"{cell.name} {cell.tokens_per_step:g}" for cell in measured)
         raise HeadwayError(
             "cells", f"have different numbers of tokens per step ({counts})", hint="compare equal batches"
         )

@@ -8,15 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
+from tests.conftest import generated_text, tiny_recipe
 from torch import nn
 
 from headway.core.build import build_trainer
-from headway.core.errors import CheckpointError, MethodError, RecipeError
+from headway.core.errors import CheckpointError, HeadwayError, MethodError, RecipeError
 from headway.core.recipe import Recipe
 from headway.data.loader import Stream
 from headway.plan.one_epoch import measure
 from headway.plan.one_epoch.method import OneEpoch, OneEpochOptions
-from tests.conftest import generated_text, tiny_recipe
 
 SMALL = {"source": "memory", "documents": generated_text(4), "tokenizer": "byte", "sequence": 32}
 
@@ -48,7 +48,7 @@ def test_each_sequence_comes_exactly_once_over_ranks_and_restarts(world, stop_at
     for rank in range(world):
 
         def fresh(rank=rank):
-            return method_on(Stream(dataset, batch=4, micro_batch=2, seed=1, rank=rank, world=world))  # noqa: B023
+            return method_on(Stream(dataset, batch=4, micro_batch=2, seed=1, rank=rank, world=world))
 
         method, stream = fresh()
         for number, batch in enumerate(stream):
@@ -82,7 +82,7 @@ def test_the_run_ends_with_the_data_and_says_so_at_the_start(capsys):
 
 
 def test_too_long_a_run_is_an_error_where_fallbacks_are():
-    with pytest.raises(Exception, match="epochs of .*one epoch feeds"):
+    with pytest.raises(HeadwayError, match=r"epochs of .*one epoch feeds"):
         trainer(data=SMALL, train={"steps": 10_000}, strict=True, model={"hidden": 64, "layers": 4})
 
 
@@ -116,7 +116,6 @@ def test_dropout_that_the_configuration_does_not_name_is_off_too():
 
 def test_smoothed_labels_are_refused_by_name_and_by_loss():
     with pytest.raises(MethodError, match="regularisation only slows"):
-        Recipe.load(tiny_recipe(methods={"one-epoch": {}, "label-smoothing": {}}))
         build_trainer(Recipe.load(tiny_recipe(methods={"one-epoch": {}, "label-smoothing": {}})))
 
     class Smoothed:

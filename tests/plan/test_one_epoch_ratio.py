@@ -151,5 +151,8 @@ def test_a_learning_curve_is_read_at_several_budgets():
     dear = runs_from_curve(1e6, tokens, law(1e6, tokens), [6e13], flops_per_token=12e6)
     assert dear[0].tokens == pytest.approx(5e6)
     budgets = [1e14, 2e14, 4e14]
-    read = [r for p in 2e6 * 2.0 ** np.arange(-1, 6) for r in runs_from_curve(p, tokens, law(p, tokens), budgets)]
-    assert fit_tokens_per_param(read).budgets == pytest.approx(budgets)
+    tokens = np.geomspace(1e5, 1e9, 400)
+    sizes = best(2e14)[0] * 2.0 ** np.arange(-2, 3)
+    fit = fit_tokens_per_param([r for p in sizes for r in runs_from_curve(p, tokens, law(p, tokens), budgets)])
+    assert fit.budgets == pytest.approx(budgets)
+    assert fit.ratio == pytest.approx(best(2e14)[1], rel=0.1)

@@ -47,13 +47,28 @@ def live_peak(function: Callable[[], R], device: torch.device | str = "cpu") -> 
     the same on every machine and every time; on a GPU it is the caching allocator's peak of allocated bytes.
     """
     device = torch.device(device)
+    before = live_bytes(device)
+    result, rise = _rise(function, device)
+    return result, before + rise
+
+
+def live_rise(function: Callable[[], R], device: torch.device) -> tuple[R, int]:
+    """Run ``function``; also return by how much `live_peak` meanwhile lies above the live bytes at its start.
+
+    It does not look for what is alive already, which takes longer than a small step.
+    """
+    gc.collect()  # garbage that is freed meanwhile would count against what is allocated
+    return _rise(function, device)
+
+
+def _rise(function: Callable[[], R], device: torch.device) -> tuple[R, int]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = function()
         torch.cuda.synchronize(device)
-        return result, torch.cuda.max_memory_allocated(device)
-    before = live_bytes(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with without_native_stderr():
         profiler.start()
@@ -69,7 +84,7 @@ def live_peak(function: Callable[[], R], device: torch.device | str = "cpu") -> 
     for _, _, delta in deltas:
         current += delta
         peak = max(peak, current)
-    return result, before + peak
+    return result, peak
 
 
 @contextmanager

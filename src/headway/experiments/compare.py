@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from headway.core import registry
 from headway.core.errors import HeadwayError, RecipeError
 from headway.core.recipe import Recipe
 from headway.experiments.comparison import ArmResult, Comparison, window_mean
@@ -26,6 +27,7 @@ __all__ = ["Comparison", "compare", "compare_recipes", "parse_switch"]
 
 # Settings of `data` that change neither the tokenizer nor the text on which an arm is evaluated.
 _SAME_TEXT = {f"data.{key}" for key in ("sequence", "mask_documents", "max_passes", "on_exhausted", "cache")}
+_SWITCH = "NAME, NAME:key=value,... or key.path=value"
 _TOKENIZER = {"data.tokenizer", "data.vocab"}
 
 
@@ -73,10 +75,11 @@ def parse_switch(text: str) -> str:
     if options and "=" not in options.split(":")[0]:  # module:Class[:key=value,...]
         attribute, _, options = options.partition(":")
         name = f"{name}:{attribute}"
+        if name.partition(":")[0] in registry.names("methods"):
+            raise RecipeError(text, "gives a method an option without a value", expected=_SWITCH)
     pairs = [pair.partition("=") for pair in re.split(r",(?=[\w.-]+=)", options)] if options else []
-    if not name or any(not key or not value for key, _, value in pairs):
-        expected = "NAME, NAME:key=value,... or key.path=value"
-        raise RecipeError(text, "is neither a method nor a setting", expected=expected)
+    if not name or "=" in name or any(not key or not value for key, _, value in pairs):
+        raise RecipeError(text, "is neither a method nor a setting", expected=_SWITCH)
     return f"methods.{name}={{{', '.join(f'{key}: {value}' for key, _, value in pairs)}}}"
 
 

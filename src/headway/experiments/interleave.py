@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,6 @@ class LiveArm:
     def __init__(self, name: str, recipe: Recipe) -> None:
         self.name, self.recipe = name, recipe
         self.device = select_device(recipe)
-        gc.collect()
         before = meters.live_bytes(self.device)
         outside = rng_state()
         self.trainer = build_trainer(recipe)
@@ -103,9 +101,8 @@ class LiveArm:
         return seconds
 
     def _metered(self) -> dict[str, Any]:
-        before = meters.live_bytes(self.device)
-        record, peak = meters.live_peak(self.trainer.train_step, self.device)
-        self._transient = max(self._transient, peak - before)
+        record, rise = meters.live_rise(self.trainer.train_step, self.device)
+        self._transient = max(self._transient, rise)
         return record
 
     @contextmanager

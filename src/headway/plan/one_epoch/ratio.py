@@ -61,11 +61,8 @@ class Best:
 
 @dataclass(frozen=True)
 class RatioFit:
-    """Fitted best sizes; ``ratio`` is that at the (geometric) middle of the budgets."""
+    """Fitted best sizes over budgets."""
 
-    ratio: float
-    interval: tuple[float, float]
-    """95 %."""
     exponent: float
     """s: the best size grows as budget**s."""
     budgets: tuple[float, ...]
@@ -81,6 +78,16 @@ class RatioFit:
     """(m, s), then bootstrap draws of it, [1 + draws, 2]."""
     heights: Array
     """(intercept, slope) of the log of the lowest loss over log budget, then draws, [1 + draws, 2]."""
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per parameter at the (geometric) middle of the budgets."""
+        return self.at(math.exp(self.centre))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of `ratio`."""
+        return self.interval_at(math.exp(self.centre))
 
     def at(self, budget: float) -> float:
         """Tokens per parameter at ``budget``."""
@@ -132,54 +139,26 @@ def fit_tokens_per_param(
     cost = np.log([_cost(run, by) for run in kept])
     group = _groups(cost)
     _refuse_too_few(size, group, len(excluded))
-    count = int(group.max()) + 1
-    budgets = np.array([cost[group == b].mean() for b in range(count)])
+    budgets = np.array([cost[group == b].mean() for b in range(int(group.max()) + 1)])
     z = budgets - budgets.mean()
-
-    member = (group[:, None] == np.arange(count)).astype(float)
-    design = np.column_stack([size**2, size, size * z[group], member])
-    solve = np.linalg.pinv(design)
-    fitted = design @ (solve @ loss)
-    residual = loss - fitted
-    freedom = len(kept) - design.shape[1]
-    within = loss - member @ np.array([loss[group == b].mean() for b in range(count)])
-    r2 = 1.0 - float(residual @ residual) / max(float(within @ within), 1e-300)
-
-    rng = np.random.default_rng(seed)
-    noise = rng.choice(residual * math.sqrt(len(kept) / max(freedom, 1)), (draws, len(kept)))
-    solutions = np.column_stack([solve @ loss, solve @ (fitted + noise).T]).T  # [1 + draws, 3 + budgets]
-    curvature = solutions[:, 0]
-    if curvature[0] <= 0 or (curvature > 0).mean() < 0.95 or r2 < 0.5:
-        raise HeadwayError(
-            WHERE,
-            "finds no U of the loss over the size",
-            hint="spread the sizes further apart, take more seeds, and give each size its own best learning rate",
-        )
-    solutions = solutions[curvature > 0]
-    k, beta, gamma = solutions[:, :3].T
-    line = -0.5 * np.column_stack([beta, gamma]) / k[:, None]  # (m, s)
-    lowest = solutions[:, 3:] - k[:, None] * (line @ np.stack([np.ones(count), z])) ** 2
-    heights = np.linalg.lstsq(np.column_stack([np.ones(count), z]), lowest.T, rcond=None)[0].T
+    line, lowest, r2 = _parabolas(size, loss, group, z, draws, seed)
+    heights = np.linalg.lstsq(np.column_stack([np.ones(len(z)), z]), lowest.T, rcond=None)[0].T
     slope, intercept = np.polyfit(size, cost - np.log([run.tokens for run in kept]), 1)
-
     best = []
-    for b in range(count):
+    for b, budget in enumerate(budgets):
         here = float(line[0] @ [1.0, z[b]])
         at_budget = size[group == b]
         best.append(
             Best(
-                budget=float(np.exp(budgets[b])),
+                budget=float(np.exp(budget)),
                 parameters=float(np.exp(here)),
-                tokens=float(np.exp(budgets[b] - intercept - slope * here)),
+                tokens=float(np.exp(budget - intercept - slope * here)),
                 loss=float(np.exp(lowest[0, b])),
                 inside=bool(at_budget.min() < here < at_budget.max()),
             )
         )
     _refuse_ends(best, [run.parameters for run in kept])
-    middle = float(np.exp(budgets.mean()))
-    fit = RatioFit(
-        ratio=math.nan,
-        interval=(math.nan, math.nan),
+    return RatioFit(
         exponent=float(line[0, 1]),
         budgets=tuple(b.budget for b in best),
         best=tuple(best),
@@ -190,7 +169,41 @@ def fit_tokens_per_param(
         line=line,
         heights=heights,
     )
-    return RatioFit(**{**fit.__dict__, "ratio": fit.at(middle), "interval": fit.interval_at(middle)})
+
+
+def _parabolas(
+    size: Array, loss: Array, group: NDArray[np.int64], z: Array, draws: int, seed: int
+) -> tuple[Array, Array, float]:
+    """The fit and its bootstrap: (m, s) [1 + draws, 2], the heights h_b [1 + draws, budgets], and R^2 within budgets.
+
+    Raises:
+        HeadwayError: the loss has no minimum over the size.
+    """
+    centre = size.mean()  # the columns are nearly collinear otherwise
+    x = size - centre
+    member = (group[:, None] == np.arange(len(z))).astype(float)
+    design = np.column_stack([x**2, x, x * z[group], member])
+    solve = np.linalg.pinv(design)
+    fitted = design @ (solve @ loss)
+    residual = loss - fitted
+    within = loss - member @ np.array([loss[group == b].mean() for b in range(len(z))])
+    r2 = 1.0 - float(residual @ residual) / max(float(within @ within), 1e-300)
+
+    freedom = max(len(x) - design.shape[1], 1)
+    noise = np.random.default_rng(seed).choice(residual * math.sqrt(len(x) / freedom), (draws, len(x)))
+    solutions = np.column_stack([solve @ loss, solve @ (fitted + noise).T]).T  # [1 + draws, 3 + budgets]
+    curvature = solutions[:, 0]
+    if curvature[0] <= 0 or (curvature > 0).mean() < 0.95 or r2 < 0.5:
+        raise HeadwayError(
+            WHERE,
+            "finds no U of the loss over the size",
+            hint="spread the sizes further apart, take more seeds, and give each size its own best learning rate",
+        )
+    solutions = solutions[curvature > 0]
+    k, beta, gamma = solutions[:, :3].T
+    line = -0.5 * np.column_stack([beta, gamma]) / k[:, None]
+    heights = solutions[:, 3:] - k[:, None] * (line @ np.stack([np.ones(len(z)), z])) ** 2
+    return line + [centre, 0.0], heights, r2
 
 
 def runs_from_curve(

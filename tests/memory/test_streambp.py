@@ -15,8 +15,9 @@ from headway.core.build import build_trainer
 from headway.core.errors import MethodError
 from headway.core.meters import live_peak
 from headway.core.recipe import Recipe
+from headway.core.surgery import restore_blocks
 from headway.layers.linear_cross_entropy import linear_cross_entropy
-from headway.memory.streambp.stream import StreamedBlock, stream_backward, undo_stream_backward
+from headway.memory.streambp.stream import StreamedBlock, stream_backward
 from headway.models.build import build_model
 from headway.models.config import GPT2Config, LlamaConfig
 from headway.models.structure import structure
@@ -64,7 +65,7 @@ def assert_same(model: Any, data: dict[str, Tensor], chunk: int) -> None:
     try:
         ours, streamed = gradients(model, data, chunk=4)
     finally:
-        undo_stream_backward(blocks)
+        restore_blocks(blocks)
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
     assert streamed.keys() == plain.keys(), "names change"
     for name, grad in plain.items():
@@ -104,7 +105,7 @@ def test_dropout_draws_the_same_again(name: str) -> None:
         return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, data["targets"].flatten())[0]
 
     loss().backward()
-    for parameter in (model.embedding.weight, blocks[0].original[0].mlp.down.weight):
+    for parameter in (model.embedding.weight, blocks[0].original.mlp.down.weight):
         direction = torch.randn_like(parameter)
         along = (parameter.grad * direction).sum()
         ends = []

@@ -29,8 +29,9 @@ class HeadwayError(Exception):
         if expected:
             parts.append(f"expected {expected}")
         message = ", ".join(parts).replace(", : ", ": ")
-        if hint:
-            message += f". {hint[0].upper()}{hint[1:]}"
+        if hint:  # a sentence of its own, unless it begins with a name such as `strict:` or model.safetensors
+            word = hint.split()[0]
+            message += f". {hint[0].upper() if word.rstrip(',;').isalpha() else hint[0]}{hint[1:]}"
         super().__init__(message)
 
 
@@ -93,5 +94,5 @@ def require(module: str, extra: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise HeadwayError(
-            what, f"needs the package {module.split('.')[0]!r}", hint=f"pip install 'headway[{extra}]'"
+            what, f"needs the package {module.split('.')[0]!r}", hint=f"`pip install 'headway[{extra}]'`"
         ) from error

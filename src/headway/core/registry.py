@@ -21,6 +21,7 @@ TABLE: dict[str, dict[str, str]] = {
         "label-smoothing": "headway.layers.label_smoothing:LabelSmoothing",
         "length-warmup": "headway.data.length_warmup:LengthWarmup",
         "one-epoch": "headway.plan.one_epoch.method:OneEpoch",
+        "recompute": "headway.memory.recompute:Recompute",
         "sam": "headway.optim.sam:SAM",
         "streambp": "headway.memory.streambp.method:StreamBP",
         "token-accumulation": "headway.data.token_accumulation:TokenAccumulation",
@@ -38,6 +39,7 @@ TABLE: dict[str, dict[str, str]] = {
         "plain": "headway.resilience.checkpoint:PlainCheckpointer",
     },
     "experiments": {
+        "streambp": "headway.experiments.streambp:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",
         "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",
     },

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from headway.core.errors import HeadwayError
+from headway.core.surgery import Shell, replace_blocks
 from headway.memory.streambp.parts import Parts, Shared, TransformersParts, parts_of
 
 
-class StreamedBlock(nn.Module):
-    """A block whose backward pass streams; it holds the block's own submodules under their own names.
+class StreamedBlock(Shell):
+    """A block whose backward pass streams.
 
     Args:
         block: a causal block that `parts_of` can take apart.
@@ -31,23 +32,14 @@ class StreamedBlock(nn.Module):
     """
 
     def __init__(self, block: nn.Module, chunk: int | None = None) -> None:
-        super().__init__()
+        super().__init__(block)
         self.parts: Parts = parts_of(block)
         self.chunk = chunk
-        self.original = (block,)  # in a tuple: it is no submodule, its children are
-        self._modules = block._modules
-        self._parameters = block._parameters
-        self._buffers = block._buffers
         self._proved = not isinstance(self.parts, TransformersParts)
-
-    def train(self, mode: bool = True) -> StreamedBlock:
-        """Switch the original as well: dropout asks it."""
-        self.original[0].train(mode)
-        return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **shared: Any) -> Any:
         """As the block; where no gradient is wanted, or a cache is filled, the block itself."""
-        block = self.original[0]
+        block = self.original
         cache = shared.get("cache", shared.get("past_key_values"))
         weights = [p for p in block.parameters() if p.requires_grad]
         if cache is not None or not torch.is_grad_enabled() or not (x.requires_grad or weights):
@@ -69,7 +61,7 @@ class StreamedBlock(nn.Module):
         Raises:
             HeadwayError: the block computes something else.
         """
-        block = self.original[0]
+        block = self.original
         training = block.training
         block.eval()
         right = block(x, **shared)
@@ -84,7 +76,7 @@ class StreamedBlock(nn.Module):
         self._proved = True
 
 
-def stream_backward(blocks: nn.ModuleList, chunk: int | None = None) -> dict[nn.Module, StreamedBlock]:
+def stream_backward(blocks: nn.ModuleList, chunk: int | None = None) -> dict[nn.Module, nn.Module]:
     """Replace every block of a model by its streamed form, in place.
 
     Args:
@@ -92,22 +84,12 @@ def stream_backward(blocks: nn.ModuleList, chunk: int | None = None) -> dict[nn.
         chunk: positions per chunk; None takes a third of each sequence.
 
     Returns:
-        Old -> new. ``undo_stream_backward`` puts the old ones back. Names of parameters do not change.
+        Old -> new. ``core.surgery.restore_blocks`` puts the old ones back. Names of parameters do not change.
 
     Raises:
         MethodError: a block cannot be taken apart; none is replaced then.
     """
-    replaced = {block: StreamedBlock(block, chunk) for block in blocks}
-    for index, block in enumerate(list(blocks)):
-        blocks[index] = replaced[block]
-    return replaced
-
-
-def undo_stream_backward(blocks: nn.ModuleList) -> None:
-    """Put the original blocks back."""
-    for index, block in enumerate(list(blocks)):
-        if isinstance(block, StreamedBlock):
-            blocks[index] = block.original[0]
+    return replace_blocks(blocks, lambda block: StreamedBlock(block, chunk), "methods.streambp")
 
 
 def _chunks(parts: Parts, x: Tensor, shared: Shared, chunk: int) -> Iterator[tuple[int, Tensor]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_out_of_the_way() -> None:
-    import torch._dynamo  # noqa: F401 - the first use of an optimizer imports it
-
-
+    for name in ("torch._dynamo", "headway.core.build", "headway.workloads.language"):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()

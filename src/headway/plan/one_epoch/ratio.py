@@ -203,7 +203,8 @@ def _parabolas(
     k, beta, gamma = solutions[:, :3].T
     line = -0.5 * np.column_stack([beta, gamma]) / k[:, None]
     heights = solutions[:, 3:] - k[:, None] * (line @ np.stack([np.ones(len(z)), z])) ** 2
-    return line + [centre, 0.0], heights, r2
+    line[:, 0] += centre
+    return line, heights, r2
 
 
 def runs_from_curve(

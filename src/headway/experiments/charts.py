@@ -94,7 +94,7 @@ class Chart:
                 for line in shown
             ],
         }
-        payload = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        payload = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
         caption = f"<p class='caption'>{escape(self.caption)}</p>" if self.caption else ""
         return (
             f'<figure class="chart"><figcaption><h3>{escape(self.title)}</h3><div class="legend">{legend}</div>'

@@ -14,6 +14,8 @@ from headway.cli import (
     generate,
     import_hf,
     methods,
+    plan,
+    profile,
     recipe,
     report,
     reproduce,
@@ -44,6 +46,8 @@ app.command()(train.train)
 app.command()(compare.compare)
 app.command()(reproduce.reproduce)
 app.command()(methods.methods)
+app.command()(plan.plan)
+app.command()(profile.profile)
 app.command()(generate.generate)
 app.command()(report.report)
 app.command()(export.export)

@@ -1,0 +1,73 @@
+"""`headway plan`: how big a model and how many tokens, for the recipe's data and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headway.cli.output import JsonFlag, Overrides, note, print_json
+from headway.core.errors import HeadwayError
+
+if TYPE_CHECKING:
+    from headway.plan.one_epoch import OneEpochPlan
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file: data, batch and the model's family.")],
+    overrides: Overrides = None,
+    budget_flops: Annotated[
+        str | None, typer.Option("--flops", metavar="N", help="Budget in floating-point operations, such as 3e15.")
+    ] = None,
+    budget_time: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="Budget in training time here, such as 30min.")
+    ] = None,
+    ratio: Annotated[
+        float, typer.Option(help="Tokens per parameter that is no embedding; see the one-epoch card.")
+    ] = 20.0,
+    json: JsonFlag = False,
+) -> None:
+    """Say how big a model and how many steps spend a budget in one pass over the recipe's data.
+
+    Nothing is trained but, for a budget in time, a few steps to know this machine's rate.
+    """
+    from headway.core.recipe import Recipe
+    from headway.core.units import count, seconds
+    from headway.plan.budget import plan_recipe
+
+    note("reading the data" + (" and timing some steps" if budget_time else ""))
+    found = plan_recipe(
+        Recipe.load(recipe, overrides or ()),
+        budget_flops=_number("--flops", budget_flops, count),
+        budget_seconds=_number("--time", budget_time, seconds),
+        ratio=ratio,
+    )
+    print_json(_plain(found)) if json else print(_text(found))
+
+
+def _number(option: str, text: str | None, parse: Any) -> float | None:
+    try:
+        return None if text is None else float(parse(text))
+    except ValueError as error:
+        raise HeadwayError(option, got=text, expected=str(error).removeprefix("expected ")) from None
+
+
+def _plain(plan: OneEpochPlan) -> dict[str, Any]:
+    facts = {name: value for name, value in asdict(plan).items() if name not in ("size", "smaller")}
+    size = {
+        "parameters": plan.size.parameters,
+        "width": plan.size.width,
+        "depth": plan.size.depth,
+        "heads": plan.size.heads,
+    }
+    smaller = _plain(plan.smaller) if plan.smaller else None
+    return {"size": size, **facts, "recipe": plan.recipe(), "smaller": smaller}
+
+
+def _text(plan: OneEpochPlan) -> str:
+    changes = [f"model.{key}={value}" for key, value in plan.recipe()["model"].items()]
+    changes += [f"train.steps={plan.steps}", *(["'methods.one-epoch={}'"] if plan.epochs <= 1 else [])]
+    text = f"{plan}\nto train it: headway train RECIPE {' '.join(changes)}"
+    return f"{text}\n\nWithout a repeat:\n{_text(plan.smaller)}" if plan.smaller else text

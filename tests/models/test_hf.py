@@ -142,6 +142,30 @@ def test_keys_left_out_mean_what_transformers_takes_them_for(kind: str, tmp_path
         assert (ours.dropout, ours.norm_eps) == (theirs.resid_pdrop, theirs.layer_norm_epsilon)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 9}, {"max_window_layers": 3}, {"max_window_layers": 0}, {"sliding_window": None}]
+)
+def test_windows_without_a_list_of_layers(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    given = {**SIZES, "num_hidden_layers": 30, "use_sliding_window": True, **changes}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **given}))
+    theirs = transformers.AutoConfig.for_model(kind, **given)
+    ours = read_config(tmp_path)
+    assert isinstance(ours, LlamaConfig)
+    windows = [theirs.sliding_window if name == "sliding_attention" else None for name in theirs.layer_types]
+    assert [ours.window_of(layer) for layer in range(30)] == windows
+
+
+@torch.no_grad()
+def test_a_tied_folder_may_hold_its_head_as_well(tmp_path: Path) -> None:
+    theirs = saved("llama-tied", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    x = tokens()
+    torch.testing.assert_close(load_hf(tmp_path).eval()(x), theirs(x).logits, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_configurations_of_transformers_4_are_read(tmp_path: Path) -> None:
     theirs = saved("llama-llama3", tmp_path)
@@ -201,7 +225,8 @@ def test_the_tokenizer_goes_along_and_the_end_of_text_is_written(tmp_path: Path)
 
 def test_no_end_of_text_means_none_in_transformers(tmp_path: Path) -> None:
     save_hf(build_model(LlamaConfig(hidden=16, layers=1, heads=2, vocab=97), seed=0), tmp_path)
-    assert transformers.AutoConfig.from_pretrained(tmp_path).eos_token_id is None
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id is config.bos_token_id is None  # a Llama's own would be 2 and 1
 
 
 # Damage: (what is done to a good folder, what the message must say).

@@ -24,6 +24,7 @@ from headway.models.hf import save_hf
 from headway.models.llama import Llama
 from headway.models.transformers_model import TransformersModel
 from headway.serve.cache import Cache
+from headway.workloads.language import NextTokenLoss
 from tests.models.references import reference, saved, tokens
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -108,6 +109,21 @@ def test_its_cache_continues_where_it_stopped(kind: str, tmp_path: Path) -> None
     steps = [model(x[:, :12], cache=cache), *(model(x[:, i : i + 1], cache=cache) for i in range(12, 20))]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(x), rtol=0, atol=1e-4)
     assert cache.length == 20 and cache.state
+
+
+@pytest.mark.parametrize("kind", ["phi", "gemma2", "gpt_neox"])
+def test_the_language_loss_is_that_of_all_logits(kind: str, tmp_path: Path) -> None:
+    theirs, ours = by_path(kind, tmp_path)
+    x = tokens(length=12)
+    labels = x.clone()
+    labels[:, :5] = -100
+    expected = theirs(x, labels=labels).loss  # the mean over 14 targets, shifted
+    targets = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), dim=1)
+    loss, count = NextTokenLoss()(ours, {"tokens": x, "targets": targets})
+    assert int(count) == 14
+    torch.testing.assert_close(loss / count, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
 
 
 def test_gradients_reach_every_parameter(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from headway.core.errors import RecipeError, nearest
@@ -39,6 +40,11 @@ class NextTokenLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss and the number of targets."""
+        if not getattr(model, "plain_head", True):  # logits with a bias, a scale or a cap: some models of transformers
+            logits = model(batch["tokens"], segments=batch.get("segments")).flatten(0, 1).float()  # [B T, V]
+            targets = batch["targets"].flatten()
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+            return loss, (targets != -100).sum()
         hidden = model.hidden(batch["tokens"], segments=batch.get("segments"))  # type: ignore[operator]  # [B, T, D]
         return linear_cross_entropy(
             hidden.flatten(0, 1),

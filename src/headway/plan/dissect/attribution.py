@@ -162,12 +162,26 @@ class _Walker:
         elif event.sequence >= 0 and not event.annotation:
             if phase == "backward":
                 phase, scopes = "recompute", ()
-            scopes = _function(event, scopes)
+            scopes = self._function(event, scopes)
             self.origin[event.thread, event.sequence] = scopes
             key = (event.thread, event.sequence) if phase is None else None
+        elif event.name in self.costs.opened:
+            scopes = self._function(event, scopes)
         if event.name.startswith(_COMMUNICATION):
             phase = "communication"
         return _Where(phase, scopes), key
+
+    def _function(self, event: Event, scopes: tuple[_Scope, ...]) -> tuple[_Scope, ...]:
+        """Custom operators and custom autograd Functions are scopes; operations of torch have a namespace, these none.
+
+        What autograd adds around a custom operator, and its own operator for backward, belong to it.
+        """
+        path, kind = (scopes[-1].path, scopes[-1].kind) if scopes else ((), "")
+        if event.name in self.costs.opened:
+            return scopes if kind == "operator" else (*scopes, _Scope((*path, event.name), "operator", id(event)))
+        if "::" in event.name or kind in ("compiled", "operator"):
+            return scopes
+        return (*scopes, _Scope((*path, event.name), "function", id(event)))
 
     def _node(self, event: Event) -> tuple[_Scope, ...]:
         """Where the forward operation of a backward node ran.
@@ -213,14 +227,6 @@ def _scope(event: Event) -> _Scope:
     kind = "module" if event.name.startswith(MODULE) else "compiled"
     name = event.name.removeprefix(MODULE).removeprefix(COMPILED)
     return _Scope(tuple(name.split("/")) if name else (), kind, id(event))
-
-
-def _function(event: Event, scopes: tuple[_Scope, ...]) -> tuple[_Scope, ...]:
-    """A custom autograd Function is a scope of its own; operations of torch have a namespace, it has none."""
-    if "::" in event.name or (scopes and scopes[-1].kind == "compiled"):
-        return scopes
-    path = scopes[-1].path if scopes else ()
-    return (*scopes, _Scope((*path, event.name), "function", id(event)))
 
 
 class _Ledger:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef  # the only way to what is behind a custom operator
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -57,6 +59,8 @@ class Costs:
     def __init__(self) -> None:
         self._exact: dict[Key, Cost] = {}
         self._by_name: dict[str, Cost] = {}
+        self.opened: set[str] = set()
+        """Operators written in Python, whose inside was counted instead of them."""
 
     def add(self, key: Key, flops: float, dtype: str, moved: float) -> None:
         """Note a call."""
@@ -114,6 +118,10 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (inside := _python_of(func, args)) is not None:
+            self.costs.opened.add(func._schema.name)
+            with torch.no_grad(), self:
+                return inside(*args, **kwargs)
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", func)
         schema = getattr(func, "_schema", None)
@@ -127,6 +135,20 @@ class _Counter(TorchDispatchMode):
         mutable = schema is not None and schema.is_mutable
         self.costs.add((name, _shapes(direct)), flops, dtype, _moved(inputs, outputs, mutable))
         return out
+
+
+def _python_of(func: Any, args: Any) -> Callable[..., Any] | None:
+    """What a ``torch.library.custom_op`` runs for these arguments; None for any other operation.
+
+    Operators with a formula of their own (``register_flop_formula``) stay closed.
+    """
+    if not isinstance(func, OpOverload) or func.namespace == "aten" or func._overloadpacket in flop_registry:
+        return None
+    definition = _maybe_get_opdef(func)
+    if definition is None:
+        return None
+    device = next((t.device.type for t in tree_leaves(args) if isinstance(t, Tensor)), None)
+    return definition._backend_fns.get(device) or definition._backend_fns.get(None)
 
 
 def _moved(inputs: list[Tensor], outputs: list[Tensor], mutable: bool) -> float:

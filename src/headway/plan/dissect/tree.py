@@ -19,7 +19,12 @@ class Node:
 
     name: str
     kind: str
-    """``step``, ``phase``, ``module``, ``function`` (a custom autograd Function), ``op``, ``python`` or ``idle``."""
+    """``step``, ``phase``, ``module``, ``compiled`` (a module that is compiled as a whole), ``function`` (a custom
+    autograd Function) or ``operator`` (a custom operator); a leaf is an ``op``, or one of these:
+
+    ``python``: nothing of the others ran; Python, the dispatch of operations, the freeing of tensors.
+    ``fused``: compiled code that is no operation. ``idle``: the device had nothing to do.
+    """
     milliseconds: float = 0.0
     calls: float = 0.0
     flops: dict[str, float] = field(default_factory=dict)

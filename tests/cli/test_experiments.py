@@ -96,8 +96,13 @@ def test_profile_takes_a_step_apart(recipe, capsys):
     assert {"forward", "backward", "optimizer"} <= set(phases)
     assert found["memory"]["peak_bytes"] > found["memory"]["before_bytes"] > 0
     assert json.loads(Path("run/profile.json").read_text()) == found
+    failed = {"setting": "huge", "batch": 4, "status": "memory", "cause": "no room for it"}
+    plain = {"setting": "none", "batch": 4, "status": "ok", "step_milliseconds": 7.25, "tokens_per_second": 512.0,
+             "peak_memory_bytes": 2**20, "time_ratio": 1.0, "memory_ratio": 1.0}  # fmt: skip
+    Path("run/profile.json").write_text(json.dumps({**found, "settings": [plain, failed]}))
     assert main(["report", "run"]) == 0
-    assert "backward" in Path("run/report.html").read_text()
+    page = Path("run/report.html").read_text()
+    assert all(text in page for text in ("backward", "time ratio", "<td>7.2</td>", "memory: no room for it"))
 
 
 def test_profile_by_setting(recipe, capsys):

@@ -20,7 +20,7 @@ def profile_view(path: Path) -> dict[str, Any] | None:
 
     Args:
         path: holds a tree of ``name, milliseconds, share, calls, flops_rate, utilization, children``, or a mapping
-            with it as ``tree``.
+            with it as ``tree`` and perhaps the table by setting as ``settings``.
 
     Raises:
         HeadwayError: the file is no such tree.
@@ -35,7 +35,8 @@ def profile_view(path: Path) -> dict[str, Any] | None:
             {"name": n["name"], "share": f"{n['share']:.4f}", "percent": f"{n['share']:.1%}", "color": i}
             for i, n in enumerate(root["children"])
         ]
-        return {"nodes": nodes, "phases": phases, "caption": _caption(data, root)}
+        settings = [_setting(row) for row in data.get("settings", ())]
+        return {"nodes": nodes, "phases": phases, "caption": _caption(data, root), "settings": settings}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeadwayError(str(path), f"is no breakdown of a step ({type(error).__name__}: {error})",
                            hint="`headway profile` writes one") from None  # fmt: skip
@@ -64,6 +65,22 @@ def _view(node: Node, depth: int) -> dict[str, Any]:
         "peak": f"{used:.0%}" if used else "",
         "children": views,
         "open": depth == 0 and node["share"] > 0.15,
+    }
+
+
+def _setting(row: Node) -> dict[str, str]:
+    """A line of the table by setting; a cell without a result says why."""
+    shown = {"name": str(row["setting"]), "batch": str(row["batch"]), "failure": ""}
+    if row["status"] != "ok":
+        return {**shown, "failure": f"{row['status']}: {row['cause']}"}
+    return {
+        **shown,
+        "milliseconds": f"{row['step_milliseconds']:.1f}",
+        "rate": human(row["tokens_per_second"]),
+        "peak": f"{row['utilization']:.0%}" if row.get("utilization") else "",
+        "memory": human(row["peak_memory_bytes"], "B"),
+        "time_ratio": f"{row['time_ratio']:.2f}" if "time_ratio" in row else "",
+        "memory_ratio": f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "",
     }
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,39 @@ from headway.core.train import train
 ROOT = Path(__file__).parents[2]
 
 
-def helper(folder: Path, scenario: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.core.forked_runs", str(folder), scenario],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def helpers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Both scenarios, side by side on two cores."""
+    started = {
+        scenario: subprocess.Popen(
+            [sys.executable, "-m", "tests.core.forked_runs", str(tmp_path_factory.mktemp(scenario)), scenario],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for scenario in ("kills", "signals")
+    }  # fmt: skip
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
 
 
-def test_killed_five_times_at_random_moments(tmp_path: Path) -> None:
-    moments = helper(tmp_path, "kills")
+def result(process: subprocess.Popen[str]) -> Any:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error[-4000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def test_killed_five_times_at_random_moments(helpers: Any) -> None:
+    moments = result(helpers["kills"])
     assert set(moments) == {"fp32", "bf16"} and all(len(steps) == 5 for steps in moments.values()), moments
 
 
-def test_signals_save_and_say_so(tmp_path: Path) -> None:
-    result = helper(tmp_path, "signals")
-    assert result["statuses"] == {"SIGINT": 130, "SIGTERM": 143}
-    assert "stopped by SIGINT" in result["log"] and "stopped by SIGTERM" in result["log"]
-    assert "Traceback" not in result["log"] and "to go on: headway train" in result["log"]
+def test_signals_save_and_say_so(helpers: Any) -> None:
+    told = result(helpers["signals"])
+    assert told["statuses"] == {"SIGINT": 130, "SIGTERM": 143}
+    assert "stopped by SIGINT" in told["log"] and "stopped by SIGTERM" in told["log"]
+    assert "Traceback" not in told["log"] and "to go on: headway train" in told["log"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

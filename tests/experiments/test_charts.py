@@ -79,7 +79,7 @@ def test_thinning_keeps_the_extremes_and_the_order():
         [Line("holes", [1, 2, 3, math.inf], [1, math.nan, 3, 4])],
         [Line("huge", [1e12, 2e12], [1e-12, 1e300])],
         [Line("bars", [0, 1], [3, -4], style="bars"), Line("more", [0, 1], [1, 2], 1, "bars", [0.5, 1], [2, 3])],
-        [Line("<b>&\"'</b>", [1, 2], [1, 2]), Line("none", [], [])],
+        [Line("<b>&\"'</b></script>", [1, 2], [1, 2]), Line("none", [], [])],
     ],
     ids=lambda lines: lines[0].name,
 )

@@ -96,7 +96,8 @@ def test_losses_are_bit_for_bit_those_of_a_run_on_its_own(tiny, switch):
 def test_double_accumulation_has_equal_losses_and_about_half_the_activations(accumulated, tiny):
     ratios = accumulated.ratios
     assert ratios["train_loss"].value == pytest.approx(1, abs=1e-5)
-    assert ratios["eval_loss"].value == pytest.approx(1, abs=1e-4)
+    # On the same sequences, although `eval.batches` counts batches of the micro-batch's size.
+    assert ratios["eval_loss"].value == pytest.approx(1, abs=1e-5)
     saved = [_saved_bytes(tiny(train={"batch": 8, "micro_batch": m, "steps": 1})) for m in (8, 4)]
     assert saved[1] == pytest.approx(saved[0] / 2, rel=0.05)  # some of it, as the rotary tables, has no batch
     less = accumulated.a.metrics["live_peak_bytes"] - accumulated.b.metrics["live_peak_bytes"]
@@ -135,7 +136,8 @@ def test_live_peak_is_that_of_a_plain_run_and_the_same_every_time(accumulated, t
 def test_blocks_have_equal_tokens_where_steps_have_not(tiny):
     comparison = compare(tiny(train={"steps": 200}), set_=["train.batch=8"], blocks=2, steps=2)
     assert comparison.a.tokens == comparison.b.tokens
-    assert len(comparison.a.losses[0]) == 2 * len(comparison.b.losses[0])
+    # B: two steps to know its memory, then a block that warms up and two that count, of two steps each.
+    assert [len(arm.losses[0]) for arm in (comparison.a, comparison.b)] == [16, 8]
     assert any("tokens a step" in note for note in comparison.notes)
     assert comparison.ratios["live_peak_bytes"].value > 1.3
 

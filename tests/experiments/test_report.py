@@ -247,7 +247,12 @@ def test_in_a_browser(browser, profile, runs, tmp_path, width):
     assert all(("narrow" in chart["kind"]) == (width < 720) for chart in shown)
     assert all(chart["font"] >= 9 for chart in shown), "text in a chart is too small to read"
     loss = shown[0]["tip"]
-    assert "tokens" in loss
+    number, unit = loss.splitlines()[0].split()
+    end = runs[0].summary["tokens"]
+    assert unit == "tokens"
+    assert float(number.removesuffix("k")) * 1000 == pytest.approx(0.6 * end, abs=0.15 * end), (
+        "not where the pointer is"
+    )
     assert "plain" in loss
     assert found["hidden"] >= 2, "a click on the legend hides a line in both drawings"
 

@@ -113,12 +113,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, y, torch.full_like(right, label_smoothing - 1)[:, None])
             if label_smoothing:
                 p -= label_smoothing / vocabulary
-            p *= (kept * logit_scale)[:, None]
-            g = p.to(hidden.dtype)
+            # what is ignored is taken out of the narrow factors of the products rather than out of [C, V]
+            g, factor = p.to(hidden.dtype), (kept * logit_scale)[:, None]
             if grad_hidden is not None:
-                torch.mm(g, weight, out=grad_hidden[start : start + chunk])
+                torch.mul(g @ weight, factor, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
-                grad_weight += g.T @ x
+                grad_weight += g.T @ (x * factor).to(x.dtype)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -114,7 +115,13 @@ def rope_tables(
 
 def apply_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotation as plain tensor arithmetic; see ``apply_rope``."""
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    def rotate(x: Tensor) -> Tensor:
+        c, s = (t[:, None] if t.dim() == 3 else t for t in (cos, sin))  # [B, 1, T, hd/2] or [T, hd/2]
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,16 +134,32 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         sin: as ``cos``.
 
     Returns:
-        Rotated ``q`` and ``k``, in their dtypes.
+        Rotated ``q`` and ``k``, in their dtypes. First derivatives only, and none of the tables.
 
     Source: Su et al. 2021, equation 34, with the halves layout of GPT-NeoX and of transformers' Llama.
     """
-    return apply_rope_reference(q, k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing but the tables is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_q, cos, -sin), _rotate(grad_k, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if cos.dim() == 3:
-        cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, hd/2]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    """``x * [cos, cos] + swap(x) * [-sin, sin]``: two passes over whole heads and a copy with the halves swapped."""
+    x = x.transpose(1, 2)  # [B, T, H, hd], the order in memory after a projection
+    cos, sin = (torch.cat(pair, -1)[..., None, :].to(x.dtype) for pair in ((cos, cos), (-sin, sin)))
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos).addcmul_(swapped, sin).transpose(1, 2)

@@ -179,8 +179,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, hd]
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B, H or Hkv, T, hd]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, *rope)

@@ -75,7 +75,8 @@ class Explosion(Method):
 @pytest.fixture(scope="module")
 def accumulated() -> Comparison:
     """Double accumulation at equal batch."""
-    recipe = tiny_recipe(train={"batch": 8, "steps": 50})
+    short = {"documents": generated_text(documents=300, words=20)}
+    recipe = tiny_recipe(train={"batch": 8, "steps": 50}, data=short)
     return compare(recipe, set_=["train.micro_batch=4"], blocks=3, steps=2)
 
 
@@ -126,7 +127,7 @@ def _saved_bytes(raw) -> int:
 
 
 def test_live_peak_is_that_of_a_plain_run_and_the_same_every_time(accumulated, tiny):
-    recipe = tiny(train={"batch": 8, "steps": 50})
+    recipe = tiny(train={"batch": 8, "steps": 50}, data={"documents": generated_text(documents=300, words=20)})
     again = compare(recipe, set_=["train.micro_batch=4"], blocks=1, steps=1)
     for arm in ("a", "b"):
         first, second = (getattr(c, arm).metrics["live_peak_bytes"] for c in (accumulated, again))
@@ -146,6 +147,14 @@ def test_other_tokenizer_is_compared_per_byte(tiny):
     comparison = compare(tiny(), set_=["data.tokenizer=bpe", "data.vocab=300"], blocks=1, steps=1)
     assert {"seconds_per_byte", "bits_per_byte"} <= comparison.ratios.keys()
     assert not {"seconds_per_token", "train_loss", "eval_loss"} & comparison.ratios.keys()
+
+
+def test_other_sequences_are_evaluated_on_the_same_text(tiny):
+    short = {"documents": generated_text(documents=300, words=20)}
+    comparison = compare(tiny(data=short), set_=["data.sequence=16", "optimizer.lr=0.0101"], blocks=1, steps=1)
+    assert any("whole validation split" in note for note in comparison.notes)
+    loss, bits = (comparison.a.metrics[key] / comparison.b.metrics[key] for key in ("eval_loss", "bits_per_byte"))
+    assert loss == pytest.approx(bits, rel=1e-6), "the same targets over the same bytes"
 
 
 def test_repeats_give_losses_a_spread(tiny):

@@ -110,7 +110,7 @@ def compare_recipes(
                            hint="--with NAME or --set key=value makes arm B another one")  # fmt: skip
     if a.workload != b.workload:
         raise HeadwayError("compare", f"the arms learn different things: {a.workload} and {b.workload}")
-    a, b = _same_evaluation(a, b)
+    a, b = _same_evaluation(a, b, set(differences))
     console = console or Console(quiet=True)
     found = []
     for repeat in range(repeats):
@@ -130,10 +130,12 @@ def compare_recipes(
     )
 
 
-def _same_evaluation(a: Recipe, b: Recipe) -> tuple[Recipe, Recipe]:
-    """Evaluation batches of one size, so that ``eval.batches`` of them hold the same sequences in both arms."""
+def _same_evaluation(a: Recipe, b: Recipe, different: set[str]) -> tuple[Recipe, Recipe]:
+    """Evaluate both arms on the same text: ``eval.batches`` counts batches, whose size an arm may have changed."""
     if not (a.eval.batches and b.eval.batches):
         return a, b
+    if different & (_TOKENIZER | {"data.sequence"}):
+        return a.override("eval.batches=null"), b.override("eval.batches=null")
     size = min(r.eval.batch or r.train.micro_batch or r.train.batch for r in (a, b))
     return a.override(f"eval.batch={size}"), b.override(f"eval.batch={size}")
 
@@ -172,6 +174,8 @@ def _reservations(a: LiveArm, b: LiveArm, different: set[str]) -> tuple[bool, li
         notes.append("the tokenizers differ: time and loss are compared per byte of the validation text")
     if other := sorted(k for k in different if k.startswith("data.") and k not in _SAME_TEXT | _TOKENIZER):
         notes.append(f"the arms are evaluated on different text ({', '.join(other)}): their losses do not compare")
+    if "data.sequence" in different or per_byte:
+        notes.append("evaluated on the whole validation split: the arms cut it into different sequences")
     if a.tokens_per_step != b.tokens_per_step:
         notes.append(f"A takes {a.tokens_per_step:,} tokens a step, B {b.tokens_per_step:,}: blocks have equal tokens")
     if a.seen != b.seen:

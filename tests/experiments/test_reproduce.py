@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -25,6 +27,7 @@ from headway.experiments.base import (
     at_most,
     between,
 )
+from headway.experiments.context import Context
 from headway.experiments.evidence import Figure, Series, load_evidence
 from headway.experiments.measures import Difference, Final, Interleaved, Ratio
 from headway.experiments.reproduce import find_experiment, outcome_table, reproduce
@@ -252,6 +255,19 @@ def test_every_registered_experiment_is_complete(name):
     assert experiment.claim.endswith(".")
     for arm in experiment.arms:
         assert all("=" in override for override in arm.overrides)
+
+
+def test_the_documented_experiment_is_one(here):
+    page = Path(__file__).parents[2] / "docs/evidence.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(next(snippet for snippet in snippets if "experiment = Experiment(" in snippet), names)
+    context = Context(names["experiment"], quick=True, folder=here / "work")
+    recipes = {arm.name: context.recipe(arm) for arm in context.arms}
+    assert recipes["plain"].train.steps == 60
+    assert list(recipes["ema"].methods) == ["ema"]
+    exec(next(snippet for snippet in snippets if "def measure(context)" in snippet), names)
+    assert callable(names["measure"])
 
 
 def test_two_processes_do_not_share_a_working_folder(here):

@@ -14,7 +14,7 @@ from headway.core.errors import HeadwayError
 from headway.core.recipe import Recipe
 from headway.experiments.profile_report import profile_view
 from headway.plan.dissect.measure import measure_recipe
-from headway.plan.dissect.profile import profile_recipe, vary
+from headway.plan.dissect.profile import profile_recipe, vary, with_settings
 from headway.plan.dissect.training import dissect_trainer, phases_of
 
 
@@ -71,13 +71,14 @@ def test_a_report_of_one_setting(report, tmp_path):
     assert {"forward", "backward"} <= {phase["name"] for phase in view["phases"]}
     data = json.loads((tmp_path / "profile.json").read_text())
     assert data["tree"]["children"] and data["memory"]["peak_bytes"] > 0 and data["tokens_per_second"] > 0
-    assert data["settings"][0]["status"] == "ok"
+    assert "settings" not in data
     keys = {"name", "milliseconds", "share", "calls", "flops_rate", "children"}
     assert keys <= data["tree"]["children"][0].keys()
 
 
 def test_accumulation_calls_the_model_twice(report):
-    forward = next(child for child in report.base.tree["tree"]["children"] if child["name"] == "forward")
+    phases = report.base.value["tree"]["tree"]["children"]
+    forward = next(child for child in phases if child["name"] == "forward")
     blocks = next(child for child in forward["children"] if child["name"] == "blocks.*")
     assert blocks["calls"] == 2 * 2, "two blocks, two micro-batches"
 
@@ -116,12 +117,32 @@ def test_nothing_to_vary(text):
         vary([text])
 
 
+def test_settings_by_name_and_their_combinations(tiny):
+    recipe = Recipe.load(tiny())
+    found = with_settings(recipe, {"bf16": None, "half": "train.micro_batch=2"}, combine=2)
+    assert list(found) == ["none", "bf16", "half", "bf16+half"]
+    assert found["bf16+half"] == ("train.precision=bf16", "train.micro_batch=2")
+    with pytest.raises(HeadwayError, match=r"bad: cannot be set: train\.batch"):
+        with_settings(recipe, {"bad": "train.batch=0"})
+    with pytest.raises(HeadwayError, match="nonsense"):
+        with_settings(recipe, {"nonsense": None})
+
+
 @pytest.mark.slow
-def test_settings_side_by_side_one_of_which_fails(tiny):
-    settings = [*vary(["train.micro_batch=4,2"]), ("optimizer.lr=1e30", "train.clip=null")]
-    report = profile_recipe(tiny(), steps=1, settings=settings, measure=3, repeats=1)
-    assert [s.cell.status for s in report.settings] == ["ok", "ok", "nan"]
-    assert report.settings[1].ratios["peak_memory_bytes"] < 1
+def test_settings_side_by_side_one_of_which_fails(tiny, tmp_path):
+    settings = {"plain": (), "half": ["train.micro_batch=2"], "broken": ["optimizer.lr=1e30", "train.clip=null"]}
+    said = []
+    options = {"steps": 1, "measure": 3, "repeats": 1, "log": tmp_path / "log.jsonl", "say": said.append}
+    report = profile_recipe(tiny(), settings=settings, batches=[4, 8], **options)
+    found = [(s.name, s.batch, s.cell.status) for s in report.settings]
+    assert found == [("plain", 4, "ok"), ("half", 4, "ok"), ("broken", 4, "nan"), ("plain", 8, "ok"), ("half", 8, "ok")]
+    plain, half = report.settings[:2]
+    assert plain.time_ratio == 1.0 and half.memory_ratio < 1
+    assert plain.phases.keys() >= {"forward", "backward", "optimizer"}
     text = text_of(report.tables())
-    assert "train.micro_batch=2" in text and "nan" in text
-    assert json.dumps(report.to_dict())
+    assert "half" in text and "nan" in text and "time ratio" in text
+    report.save(tmp_path / "profile.json")
+    assert [row["name"] for row in profile_view(tmp_path / "profile.json")["settings"]] == [f[0] for f in found]
+    count = len(said)
+    profile_recipe(tiny(), settings=settings, batches=[4, 8], **options)
+    assert len(said) == count, "what the log has is not measured again"

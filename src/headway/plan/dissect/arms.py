@@ -1,6 +1,6 @@
 """The study's techniques as methods, plain and small: what its experiment compares, before each has a room of its own.
 
-A recipe names them ``headway.plan.dissect.arms:Recompute``.
+A recipe names them ``headway.plan.dissect.arms:LoRA``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from headway.core.method import Card, Method, Update
 from headway.core.options import Options
@@ -31,30 +30,6 @@ NF4 = (
 )  # fmt: skip
 """Quantiles of a normal distribution: Dettmers et al., QLoRA, arXiv 2305.14314, appendix E."""
 _GROUP = 64
-
-
-class Recompute(Method):
-    """Run each block's forward pass again in backward, instead of keeping its activations."""
-
-    card = Card(
-        name="arm-recompute",
-        title="Gradient checkpointing of each block",
-        paper=f"Chen et al., arXiv 1604.06174; measured by {_PAPER}",
-        summary="Keeps a block's input alone and runs the block again in backward.",
-        exact=True,
-        approximates="",
-        buys="most of the memory of activations",
-        costs="the blocks' forward pass a second time",
-        status="trial",
-    )
-
-    def model(self, model: nn.Module) -> nn.Module:
-        """Checkpoint every block."""
-        blocks = structure(model).blocks
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        self.changed("blocks checkpointed", len(blocks))
-        return model
 
 
 class EagerAttention(Method):

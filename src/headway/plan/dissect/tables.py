@@ -20,29 +20,30 @@ _PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
 
 
 def settings_table(settings: Sequence[Setting]) -> Table:
-    """A row per setting: time, rate, memory, the ratio to the first, and the share of each phase."""
-    phases = list(dict.fromkeys(p["name"] for s in settings if s.tree for p in s.tree["tree"]["children"]))
-    rows = []
+    """A row per setting and batch: time, rate, memory, ratios to the first setting, and the share of each phase."""
+    phases = list(dict.fromkeys(name for setting in settings for name in setting.phases))
+    rows: list[tuple[str, ...]] = []
     for setting in settings:
         cell = setting.cell
         if cell.status != "ok":
-            rows.append((f"{setting.name}: {cell.cause}", cell.status, *[""] * (6 + len(phases))))
+            rows.append((setting.name, str(setting.batch), f"{cell.status}: {cell.cause}"))
             continue
-        shares = {p["name"]: p["share"] for p in setting.tree["tree"]["children"]} if setting.tree else {}
         peak = cell.metric("peak_memory_bytes")
         rows.append((
             setting.name,
+            str(setting.batch),
             f"{cell.mean_seconds * 1e3:.1f} ± {cell.spread_seconds * 1e3:.1f}",
-            _ratio(setting.ratios.get("step_milliseconds")),
+            _ratio(setting.time_ratio),
             human(cell.tokens_per_second),
             _rate(cell.flops_rate, cell.utilization, cell.precision),
             human(peak, "B") if peak else "",
-            _ratio(setting.ratios.get("peak_memory_bytes")),
+            _ratio(setting.memory_ratio),
             human(cell.metric("process_peak_bytes") or 0, "B"),
-            *(_percent(shares.get(name)) for name in phases),
+            *(_percent(setting.phases.get(name)) for name in phases),
         ))  # fmt: skip
-    columns = ["setting", ">ms a step", ">ratio", ">tokens/s", ">model FLOP/s", ">live peak", ">ratio", ">process"]
-    return _table("settings", [*columns, *(f">{name}" for name in phases)], rows)
+    columns = ["setting", ">batch", ">ms a step", ">time ratio", ">tokens/s", ">model FLOP/s", ">live peak",
+               ">memory ratio", ">process", *(f">{name}" for name in phases)]  # fmt: skip
+    return _table("settings", columns, rows)
 
 
 def breakdown_table(tree: Tree, depth: int, least: float) -> Table:

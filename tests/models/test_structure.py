@@ -62,6 +62,14 @@ def test_our_own_models_answer_for_themselves() -> None:
     assert structure(model).blocks is model.blocks
 
 
+def test_of_several_lists_of_that_length_the_blocks_are_the_heaviest() -> None:
+    model = reference("llama")
+    blocks = model.model.layers
+    scales = nn.ModuleList(nn.Linear(1, 1) for _ in blocks)  # one per layer, beside the blocks and found before them
+    model.model._modules = {"scales": scales, **model.model._modules}
+    assert structure(model).blocks is blocks
+
+
 def test_a_model_without_a_final_norm() -> None:
     config = transformers.OPTConfig(
         hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9, word_embed_proj_dim=32

@@ -23,6 +23,7 @@ from headway.models.gpt2 import GPT2
 from headway.models.hf import save_hf
 from headway.models.llama import Llama
 from headway.models.transformers_model import TransformersModel
+from headway.models.transformers_probe import apart_by
 from headway.serve.cache import Cache
 from headway.workloads.language import NextTokenLoss
 from tests.models.references import reference, saved, tokens
@@ -90,6 +91,14 @@ def test_packed_documents_equal_separate_passes_or_are_refused(kind: str, tmp_pa
     assert not torch.allclose(packed, model(x), atol=1e-2)
     hidden = model.hidden(x, segments=segments)
     torch.testing.assert_close(hidden[:, 18:], model.hidden(x[:, 18:]), rtol=0, atol=1e-4)
+
+
+def test_a_mask_never_replaces_a_sliding_window() -> None:
+    # For a few tokens it would look right: the documents that are tried are shorter than any real window.
+    model = reference("gemma2", head_dim=8, sliding_window=32)
+    assert apart_by(model, True, {"use_cache": False}) == "positions"
+    with pytest.raises(ModelError, match="cannot keep packed documents apart"):
+        apart_by(model, False, {"use_cache": False})
 
 
 def test_a_recurrent_model_refuses_packed_documents(tmp_path: Path) -> None:

@@ -61,7 +61,10 @@ def test_another_recipe_is_refused_and_nothing_is_lost(recipe, capsys):
     assert main(["train", str(recipe), "optimizer.lr=0.5", "--run", "a"]) == 2
     assert "optimizer.lr" in capsys.readouterr().err
     assert losses(Path("a")) == before
-    assert main(["train", str(recipe), "optimizer.lr=0.5", "--run", "a", "--fresh"]) == 0
+    assert main(["train", str(recipe), "optimizer.lr=0.5", "--run", "a", "--fresh"]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert losses(Path("a")) == before
+    assert main(["train", str(recipe), "optimizer.lr=0.5", "--run", "a", "--fresh", "--yes"]) == 0
     assert losses(Path("a")) != before
 
 

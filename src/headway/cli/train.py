@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,8 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")],
     overrides: Overrides = None,
     run: RunOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that DIR holds and start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over where DIR holds a run; asks first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --fresh: delete the run that DIR holds, unasked.")] = False,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also score gzip and an n-gram model on the validation text.")
     ] = False,
@@ -45,6 +47,8 @@ def train(
 
     loaded = Recipe.load(recipe, overrides or ())
     folder = run or next_run_directory(loaded.name)
+    if fresh and not yes:
+        _ask_to_delete(folder)
     note(f"run directory {folder}; preparing data and model")
     observer = progress()
     try:
@@ -62,6 +66,17 @@ def train(
     if sample is not None:
         result["sample"] = _sample(done, sample)
     print_json(result) if json else _print(result)
+
+
+def _ask_to_delete(folder: Path) -> None:
+    from headway.core.errors import HeadwayError
+
+    if not (folder / "recipe.yaml").is_file():
+        return
+    if not (sys.stdin.isatty() and typer.confirm(f"Delete the run in {folder} and start over?")):
+        raise HeadwayError(
+            str(folder), "holds a run, which --fresh would delete", hint="add --yes to delete it unasked"
+        )
 
 
 def _baselines(run: Run) -> dict[str, float]:

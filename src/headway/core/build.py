@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from headway.core import registry
+from headway.core.allocator import keep_freed_memory
 from headway.core.clip import clip_
 from headway.core.errors import RecipeError
 from headway.core.fallback import FallbackLog, use_log
@@ -36,6 +37,8 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     seed_everything(recipe.seed)
     methods = resolve(recipe)
     device = select_device(recipe)
+    if device.type == "cpu":
+        keep_freed_memory()
     workload = registry.find("workloads", recipe.workload, "workload")(recipe)
 
     config = wrap(methods, "model_config", workload.model_config())

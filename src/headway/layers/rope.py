@@ -161,5 +161,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x * [cos, cos] + swap(x) * [-sin, sin]``: two passes over whole heads and a copy with the halves swapped."""
     x = x.transpose(1, 2)  # [B, T, H, hd], the order in memory after a projection
     cos, sin = (torch.cat(pair, -1)[..., None, :].to(x.dtype) for pair in ((cos, cos), (-sin, sin)))
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    swapped = x.roll(x.shape[-1] // 2, -1)
     return (x * cos).addcmul_(swapped, sin).transpose(1, 2)

@@ -15,6 +15,7 @@ from rich.console import Console
 from headway.core import registry
 from headway.core.errors import HeadwayError, RecipeError
 from headway.core.recipe import Recipe
+from headway.core.units import human
 from headway.experiments.comparison import ArmResult, Comparison, window_mean
 from headway.experiments.differences import recipe_differences
 from headway.experiments.progress import Bar
@@ -150,18 +151,20 @@ class _Repeat:
 def _once(a: Recipe, b: Recipe, different: set[str], blocks: int, steps: int, bar: Bar) -> _Repeat:
     from headway.experiments.interleave import LiveArm, interleave
 
-    bar.update(0.0, "building arm A")
-    arm_a = LiveArm("arm A", a)
-    bar.update(0.0, "building arm B")
-    arm_b = LiveArm("arm B", b)
+    bar.update(0.0, "building both arms")
+    arm_a, arm_b = LiveArm("arm A", a), LiveArm("arm B", b)
     block_tokens = steps * max(arm_a.tokens_per_step, arm_b.tokens_per_step)
     start, whole = arm_a.tokens + arm_b.tokens, 2 * (blocks + 1) * block_tokens
 
     def show() -> None:
-        losses = ", ".join(f"loss {name} {arm.losses[-1][1]:.3f}" for name, arm in (("A", arm_a), ("B", arm_b)))
+        arms = (("A", arm_a), ("B", arm_b))
+        losses = ", ".join(f"{name} loss {arm.losses[-1][1]:.3f} {human(arm.rate)}/s" for name, arm in arms)
         bar.update(min(1.0, (arm_a.tokens + arm_b.tokens - start) / whole), losses)
 
     interleave(arm_a, arm_b, blocks, block_tokens, show)
+    bar.update(1.0, "evaluating both arms")
+    arm_a.finish()
+    arm_b.finish()
     per_byte, notes = _reservations(arm_a, arm_b, different)
     end = min(arm_a.seen, arm_b.seen)
     return _Repeat(_result(arm_a, per_byte, end), _result(arm_b, per_byte, end), notes)

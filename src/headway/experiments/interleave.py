@@ -61,6 +61,11 @@ class LiveArm:
         return self.trainer.tokens
 
     @property
+    def rate(self) -> float:
+        """Tokens per second of all steps so far."""
+        return self.trainer.tokens / self.trainer.seconds
+
+    @property
     def live_peak_bytes(self) -> int:
         """What the arm keeps between steps, and what its largest metered step held on top of that."""
         return self._kept + self._transient
@@ -136,5 +141,3 @@ def interleave(a: LiveArm, b: LiveArm, blocks: int, block_tokens: int, each: Cal
         if index and all(block.tokens for _, block in done):
             for arm, block in done:
                 arm.blocks.append(block)
-    a.finish()
-    b.finish()

@@ -38,7 +38,7 @@ class Bar:
     def update(self, share: float, detail: str) -> None:
         """Show ``share`` (0 to 1) as done, at most twice a second, with the time that the rest will take."""
         now = time.monotonic()
-        if now - self._drawn_at < 0.5:
+        if now - self._drawn_at < 0.5 and share < 1:
             return
         if not self._began_at:
             self._began_at, self._began_with = now, share

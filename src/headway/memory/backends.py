@@ -7,8 +7,12 @@ import itertools
 import mmap
 import os
 import shutil
+import tempfile
 import threading
+import weakref
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +63,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class HostBackend:
-    """Host memory: pinned beside a GPU, anonymous pages elsewhere (so that they are no tensors of the device)."""
+    """Host memory: pinned beside a GPU, anonymous pages elsewhere (so that they are no tensors of the device).
+
+    Pages that are given back are kept for the next tensor of their size: fresh ones cost a fault each.
+    """
 
     name = "host"
     write_lane: LaneName = "device_to_host"
@@ -67,32 +74,41 @@ class HostBackend:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._lock = threading.Lock()
+        """Bytes in use."""
+        self._lock = threading.RLock()
+        self._free: dict[int, list[mmap.mmap]] = {}
 
     def write(self, tensor: Tensor) -> Stored:
         """Copy to the host; waits for the copy, not for the device's other work."""
         source = as_bytes(tensor)
+        nbytes = source.numel()
         if tensor.is_cuda:
-            place: Any = torch.empty(source.numel(), dtype=torch.uint8, pin_memory=True)
-            stream = _side_stream(tensor.device)
-            with torch.cuda.stream(stream):
+            place: Any = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            with side_stream(tensor.device) as stream:
                 place.copy_(source, non_blocking=True)
-            stream.synchronize()
+                stream.synchronize()
         else:
-            place = mmap.mmap(-1, max(1, source.numel()))
-            _view(place, source.numel()).copy_(source)
+            place = self._pages(nbytes)
+            _view(place, nbytes).copy_(source)
         with self._lock:
-            self.bytes += source.numel()
-        return Stored(place, source.numel())
+            self.bytes += nbytes
+        return Stored(place, nbytes)
+
+    def _pages(self, nbytes: int) -> mmap.mmap:
+        size = _aligned(nbytes)
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                return free.pop()
+        return mmap.mmap(-1, size)
 
     def read(self, stored: Stored, into: Tensor) -> None:
         """Copy back."""
         target = as_bytes(into)
         if into.is_cuda:
-            stream = _side_stream(into.device)
-            with torch.cuda.stream(stream):
+            with side_stream(into.device) as stream:
                 target.copy_(stored.place, non_blocking=True)
-            stream.synchronize()
+                stream.synchronize()
         else:
             target.copy_(_view(stored.place, stored.nbytes))
 
@@ -100,10 +116,14 @@ class HostBackend:
         """Give the memory back."""
         with self._lock:
             self.bytes -= stored.nbytes
+            if isinstance(stored.place, mmap.mmap):
+                self._free.setdefault(len(stored.place), []).append(stored.place)
         stored.place = None
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Give all pages back to the system."""
+        with self._lock:
+            self._free.clear()
 
 
 class FileBackend:
@@ -128,13 +148,26 @@ class FileBackend:
         try:
             root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(root)
-            self.folder = _own_folder(root)
-            self._lock_file = _lock(self.folder)
-            self._direct = self._probe_direct()
+            self.folder, lock = _own_folder(root)
         except OSError as error:
             raise HeadwayError(str(root), f"cannot hold offloaded tensors ({error.strerror})") from error
+        # Also runs when the process ends, or when the backend is forgotten without `close`.
+        self._finalizer = weakref.finalize(self, _remove_own, self.folder, lock, os.getpid())
+        try:
+            self._direct = self._probe_direct()
+        except OSError as error:
+            self.close()
+            raise HeadwayError(str(root), f"cannot hold offloaded tensors ({error.strerror})") from error
+        kind = filesystem(root)
+        if kind in _IN_MEMORY:
+            fallback("files in memory for offloaded tensors", f"{root} is {kind}, which is no disk",
+                     "host memory for all that is offloaded")  # fmt: skip
+        elif kind in _NETWORK:
+            fallback("files across the network for offloaded tensors", f"{root} is {kind}",
+                     "the network's rate instead of a local drive's")  # fmt: skip
         self._numbers = itertools.count()
         self._local = threading.local()
+        self._lock = threading.Lock()
 
     def _probe_direct(self) -> bool:
         path = self.folder / "probe"
@@ -156,7 +189,7 @@ class FileBackend:
 
     def _buffer(self, nbytes: int) -> mmap.mmap:
         """This thread's aligned buffer, grown as needed."""
-        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        size = _aligned(nbytes)
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
             buffer = self._local.buffer = mmap.mmap(-1, size)
@@ -179,13 +212,14 @@ class FileBackend:
         path = self.folder / f"{next(self._numbers):08d}"
         descriptor = self._open(path, os.O_CREAT | os.O_WRONLY)
         try:
-            _pwrite_all(descriptor, memoryview(buffer)[: -(-nbytes // ALIGNMENT) * ALIGNMENT])
+            _pwrite_all(descriptor, memoryview(buffer)[: _aligned(nbytes)])
         except OSError:
             path.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
-        self.bytes_written += nbytes
+        with self._lock:
+            self.bytes_written += nbytes
         return Stored(path, nbytes, checksum)
 
     def read(self, stored: Stored, into: Tensor) -> None:
@@ -195,7 +229,7 @@ class FileBackend:
             HeadwayError: the file is shorter than it was, or its content changed.
         """
         buffer = self._buffer(stored.nbytes)
-        size = -(-stored.nbytes // ALIGNMENT) * ALIGNMENT
+        size = _aligned(stored.nbytes)
         descriptor = self._open(stored.place, os.O_RDONLY)
         try:
             got = _pread_all(descriptor, memoryview(buffer)[:size])
@@ -213,8 +247,7 @@ class FileBackend:
 
     def close(self) -> None:
         """Remove everything this process has written."""
-        os.close(self._lock_file)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._finalizer()
 
 
 class DryBackend:
@@ -242,25 +275,57 @@ class DryBackend:
 def remove_leftovers(root: Path) -> list[Path]:
     """Remove the folders of dead processes in ``root``: those whose lock nobody holds."""
     removed = []
-    for folder in root.glob("headway-store-*"):
+    for folder in [*root.glob("headway-store-*"), *root.glob(".headway-new-*")]:
+        if not (folder / "lock").exists() and folder.name.startswith("."):
+            continue  # a process is just making it
         try:
-            os.close(_lock(folder))
+            lock = _lock(folder)
         except OSError:
-            continue  # its owner lives
+            continue  # its owner lives, or it is another user's
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
         removed.append(folder)
     return removed
 
 
-def _own_folder(root: Path) -> Path:
+def filesystem(path: Path) -> str:
+    """The type of the file system that holds ``path`` (``ext4``, ``tmpfs``, ``nfs4``); empty where it is not known."""
+    best, kind = -1, ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return kind
+    real = path.resolve()
+    for line in mounts:
+        _, point, found, *_ = line.split(" ")
+        where = Path(point.encode().decode("unicode_escape"))
+        if real.is_relative_to(where) and len(where.parts) > best:
+            best, kind = len(where.parts), found
+    return kind
+
+
+_IN_MEMORY = ("tmpfs", "ramfs")
+_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "fuse.sshfs", "virtiofs")
+
+
+def _own_folder(root: Path) -> tuple[Path, int]:
+    """A new folder of this process and the descriptor of its lock."""
+    # Locked under a name that nobody takes for a leftover, then renamed: at no moment is it there without its lock.
+    made = Path(tempfile.mkdtemp(prefix=".headway-new-", dir=root))
+    lock = _lock(made)
     for number in itertools.count():
         folder = root / f"headway-store-{os.getpid()}-{number}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
+        if not folder.exists():
+            made.rename(folder)
+            return folder, lock
     raise AssertionError("unreachable")
+
+
+def _remove_own(folder: Path, lock: int, pid: int) -> None:
+    if os.getpid() != pid:
+        return  # a forked child must not remove its parent's
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def _lock(folder: Path) -> int:
@@ -275,11 +340,25 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that starts after what the current stream has queued, for this thread's copies."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
+_streams = threading.local()
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[Any]:
+    """This thread's stream for copies on ``device``; what is allocated inside belongs to it. None without a GPU."""
+    if device.type != "cuda":
+        yield None
+        return
+    streams: dict[torch.device, Any] = _streams.__dict__.setdefault("by_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    with torch.cuda.stream(streams[device]):
+        yield streams[device]
+
+
+def _aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole blocks of a drive, at least one."""
+    return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
 def _view(buffer: mmap.mmap, nbytes: int) -> Tensor:
@@ -290,7 +369,10 @@ def _view(buffer: mmap.mmap, nbytes: int) -> Tensor:
 def _pwrite_all(descriptor: int, data: memoryview) -> None:
     offset = 0
     while offset < len(data):
-        offset += os.pwrite(descriptor, data[offset:], offset)
+        written = os.pwrite(descriptor, data[offset:], offset)
+        offset += written
+        if offset < len(data) and (written == 0 or offset % ALIGNMENT):  # goes on, unaligned, with a misleading error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _pread_all(descriptor: int, data: memoryview) -> int:

@@ -69,11 +69,11 @@ def _interpolated(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An average over about a fiftieth of the values around each one.
+    """An average over about a twenty-fifth of the values, around each one.
 
     Exponential, once forwards and once backwards: their mean lags in neither direction, as one alone would.
     """
-    keep = 1 - 1 / max(1.0, len(values) / 100)
+    keep = 1 - 1 / max(1.0, len(values) / 50)
     forwards = _remembering(values, keep)
     backwards = _remembering(values[::-1], keep)[::-1]
     return [(a + b) / 2 for a, b in zip(forwards, backwards)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headway.core.errors import ModelError
 from headway.layers.attention import attention
+from headway.layers.embedding import Embedding
 from headway.models.cache import KVCache
 from headway.models.config import GPT2Config
 from headway.models.structure import Structure
@@ -32,8 +33,8 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.vocab, self.context = config.vocabulary, config.context
-        self.embedding = nn.Embedding(self.vocab, config.hidden)
-        self.positions = nn.Embedding(config.context, config.hidden)
+        self.embedding = Embedding(self.vocab, config.hidden)
+        self.positions = Embedding(config.context, config.hidden)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)

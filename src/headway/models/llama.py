@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.layers.attention import attention
+from headway.layers.embedding import Embedding
 from headway.layers.norm import RMSNorm
 from headway.layers.rope import apply_rope, rope_frequencies, rope_tables
 from headway.layers.swiglu import swiglu
@@ -39,7 +40,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.vocab, self.context = config.vocabulary, config.context
-        self.embedding = nn.Embedding(self.vocab, config.hidden)
+        self.embedding = Embedding(self.vocab, config.hidden)
         self.rope = Rope(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)

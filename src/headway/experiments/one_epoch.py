@@ -14,7 +14,7 @@ import numpy as np
 from headway.core.errors import HeadwayError
 from headway.core.files import write_text
 from headway.data.sources import StdlibSource
-from headway.experiments.base import Arm, Expectation, Experiment, Measurement, at_least, at_most, between
+from headway.experiments.base import Arm, Expectation, Experiment, Measurement, Quick, at_least, at_most, between
 from headway.experiments.context import Context
 from headway.experiments.evidence import Figure, Series
 from headway.experiments.statistics import bootstrap, paired_difference
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
     from headway.core.run import Run
 
 EPOCHS = 10
-SEQUENCE, BATCH = 128, 16
-STEPS, QUICK_STEPS = 1000, 200
-WARMUP = 20
+SEQUENCE, BATCH = 128, 8
+STEPS, QUICK_STEPS = 1600, 320
+WARMUP = 40
 WIDTH, LAYERS = 128, 2
+LR = 1e-3
 WIDTHS = (32, 64, 128, 192)
-BUDGETS = (5e11, 1e12, 2e12)
+BUDGETS = (2.5e11, 5e11, 1e12)
 """FLOP, forward and backward."""
 PIECE = 4096  # characters; a small corpus of them has as many subjects as a large one, only fewer examples
-HELD_OUT = 375  # sequences
+HELD_OUT = 250  # sequences
 SMOOTH = 3  # evaluations of a running mean, by which lowest points are found
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -124,7 +125,8 @@ class Setting:
         else:
             steps = math.ceil(self.budgets[-1] / shape.flops_per_token / SEQUENCE / BATCH)
             data = self.overrides(seed, steps * BATCH, steps, max(1, steps // 40))
-            model = [f"model.hidden={width}", f"model.heads={width // 32}"]
+            rate = f"optimizer.lr={LR * WIDTH / width}"  # the wider, the lower, as AdamW's matrices want it
+            model = [f"model.hidden={width}", f"model.heads={width // 32}", rate]
             run = self.context.train("one-epoch", *data, *model, seed=seed)
         steps_done, bits = curve(run)
         tokens = steps_done * BATCH * SEQUENCE
@@ -268,6 +270,8 @@ def measure(context: Context) -> dict[str, Measurement]:
     curves: Curves = {name: [] for name in titles}
     for seed in context.seeds:
         for name in titles:
+            if name == "cosine" and seed not in context.seeds[:2]:
+                continue  # to save time: two runs can show a failure
             curves[name].append(curve(setting.run(name, seed)))
     results = _comparison(curves, setting.guarded(context.seeds[0]))
     context.show(_learning_curves(curves, titles))
@@ -288,7 +292,7 @@ experiment = Experiment(
         "model": {"family": "llama", "hidden": WIDTH, "layers": LAYERS, "heads": WIDTH // 32, "context": SEQUENCE},
         "data": {"source": "text", "path": "set by the experiment", "tokenizer": "byte", "sequence": SEQUENCE},
         "train": {"steps": STEPS, "batch": BATCH, "precision": "bf16", "device": "cpu"},
-        "optimizer": {"lr": 3e-3},
+        "optimizer": {"lr": LR},
         "schedule": {"name": "constant", "warmup": WARMUP},
         "eval": {"every": 20, "batch": 25},
         "log": {"every": 50},
@@ -328,13 +332,17 @@ experiment = Experiment(
         Expectation("law_extra_cosine", "not claimed: a decaying rate breaks the law", at_least(0.02), only="full",
                     title="error of the same with cosine, minus that"),
     ),
-    minutes=15,
+    minutes=14,
+    quick=Quick(("schedule.warmup=8",)),
     notes=(
-        "A Llama of 0.4 M parameters (width 128, 2 blocks) on bytes of the Python standard library, context 128, 2048 "
-        "tokens a step, 1000 steps, AdamW at a constant rate of 3e-3 in every arm, bf16: 0.2 MB ten times against "
-        "2 MB once. Seeds differ in the text drawn, in the weights and in the order. The paper's speed-up is in "
+        "A Llama of 0.4 M parameters (width 128, 2 blocks) on bytes of the Python standard library, context 128, 1024 "
+        "tokens a step, 1600 steps, AdamW at a constant rate of 1e-3 in every arm, bf16: 0.16 MB ten times against "
+        "1.6 MB once. Seeds differ in the text drawn, in the weights and in the order. The paper's speed-up is in "
         "wall-clock; steps of both arms cost the same, so it is counted in steps. Both sides take the better of "
-        "dropout 0 and 0.1, and ten epochs may stop at their best. Sizes: widths 32 to 192 with one learning rate "
-        "for all and two seeds; three budgets read off each constant-rate curve."
+        "dropout 0 and 0.1, and ten epochs may stop at their best. Sizes: widths 32 to 192, a learning rate inverse to "
+        "the width, two seeds, three budgets read off each constant-rate curve. Pilots of the ten-epoch arm (one seed) "
+        "and of learning rates chose the setting before any comparison: at a rate of 3e-3 and 2048 tokens a step, ten "
+        "epochs of 0.2 MB did not over-fit, and short runs at 1e-3 ended lower. That ten epochs over-fit in the "
+        "present setting was known from its pilot."
     ),
 )  # fmt: skip

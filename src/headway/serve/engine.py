@@ -139,15 +139,18 @@ def sample(
         raise ModelError("generation", "the model's logits are not finite", hint="its training may have diverged")
     if temperature == 0:
         return int(logits.argmax())
-    logits, order = logits.sort(descending=True, stable=True)
+    order = None
     if top_k is not None:
-        logits, order = logits[:top_k], order[:top_k]
+        logits, order = logits.topk(min(top_k, len(logits)))
+    elif top_p < 1:  # a sort takes longer than all the rest: only where it is needed
+        logits, order = logits.sort(descending=True)
     # The largest logit is taken off before the division: a tiny temperature would overflow otherwise.
-    probabilities = ((logits - logits[0]) / temperature).softmax(-1)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # a token stays if those above it do not suffice
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    index = torch.multinomial(probabilities, 1, generator=generator)
+    return int(index if order is None else order[index])
 
 
 def text_of(tokenizer: Tokenizer, tokens: Iterator[int], prompt: Sequence[int] = ()) -> Iterator[str]:

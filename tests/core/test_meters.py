@@ -56,6 +56,12 @@ def test_peak_is_deterministic() -> None:
     assert len({live_peak(work)[1] for _ in range(3)}) == 1
 
 
+def test_tensors_without_storage_do_not_count() -> None:
+    before = live_bytes(torch.device("cpu"))
+    strange = [torch.nn.UninitializedParameter(), torch.ones(3, device="meta"), torch.ones(3).to_sparse()]
+    assert live_bytes(torch.device("cpu")) >= before and strange
+
+
 def test_matmul_peak_is_measured_once() -> None:
     cpu = torch.device("cpu")
     first = matmul_peak(torch.float32, cpu)

@@ -35,8 +35,8 @@ def live_bytes(device: torch.device) -> int:
             if thing.device.type == device.type and thing.layout is torch.strided:
                 storage = thing.untyped_storage()
                 seen[storage._cdata] = storage.nbytes()
-        except (ReferenceError, RuntimeError, NotImplementedError):
-            continue  # a dead weak proxy, or a tensor without storage
+        except (ReferenceError, RuntimeError, NotImplementedError, ValueError):
+            continue  # a dead weak proxy, or a tensor without storage, such as a lazy module's parameter
     return sum(seen.values())
 
 

@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 
 import torch
-from tests.resilience.states import same
 
 from headway.core.fallback import FallbackLog, use_log
 from headway.resilience.checkpoint import PlainCheckpointer
+from tests.resilience.states import same
 
 
 def state_of(step):

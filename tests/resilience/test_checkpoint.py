@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.resilience.states import same, states
 
 from headway.core import fallback as fallback_module
 from headway.core.errors import CheckpointError, HeadwayError, RecipeError
 from headway.core.options import parse_options
 from headway.resilience import manifest
 from headway.resilience.checkpoint import PlainCheckpointer
+from tests.resilience.states import same, states
 
 
 def state_of(step):

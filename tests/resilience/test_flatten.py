@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.resilience.states import same, states
 
 from headway.core.errors import CheckpointError
 from headway.resilience.flatten import flatten, unflatten
+from tests.resilience.states import same, states
 
 
 @settings(max_examples=300, deadline=None)

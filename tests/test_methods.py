@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "length-warmup": {"options": {"first": 8, "steps": 10}},
     "token-accumulation": {"options": {"targets": 200}},
     "one-epoch": {"model": {"dropout": 0.1}},
+    "ssdtrain": {"options": {"min_bytes": 1}},
 }
 # A recipe in which the method has nothing to act on; it must be refused, or stop for having changed nothing.
 NOTHING: dict[str, dict[str, Any]] = {

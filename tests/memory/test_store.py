@@ -148,7 +148,7 @@ def test_a_drop_never_waits_for_the_stores_lock(gated: TieredStore) -> None:
     held, free = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with gated._lock:
+        with gated.lock:
             held.set()
             free.wait(5)
 

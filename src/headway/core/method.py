@@ -159,6 +159,10 @@ class Method:
         """Everything noted by ``changed``."""
         return list(self._changes)
 
+    def report(self) -> dict[str, Any]:
+        """What it did, in numbers, for the run's summary: plain data, under ``reports`` and the method's name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain data. Empty: the method is stateless."""
         return {}

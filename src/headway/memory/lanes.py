@@ -50,6 +50,8 @@ class Job:
     label: str
     then: Callable[[Any], None] | None = None
     future: Future[Any] = field(default_factory=Future)
+    waited_seconds: float = 0.0
+    """Time that `submit` waited for room."""
 
     def cancel(self) -> bool:
         """Take a job that no worker has begun out of its lane; False when it has begun or is over."""
@@ -130,7 +132,8 @@ class Lane:
             start = time.perf_counter()
             while wait and self._queued and self._queued + nbytes > self.queue_bytes and not self._closed:
                 self._changed.wait()
-            self.report.waited_seconds += time.perf_counter() - start
+                job.waited_seconds = time.perf_counter() - start
+            self.report.waited_seconds += job.waited_seconds
             if self._closed:
                 raise RuntimeError(f"lane {self.name} is closed")
             self._jobs.append(job)

@@ -101,8 +101,9 @@ class TieredStore:
         self._resident = 0  # bytes in the tier
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._doomed: deque[Handle] = deque()
-        # One lock for all handles. Re-entrant, as a garbage collection inside may drop a tensor of this very store.
-        self._lock = threading.RLock()
+        # One for all handles: who touches the version counter of a tensor that may be being written holds it too.
+        # Re-entrant, as a garbage collection inside may drop a tensor of this very store.
+        self.lock = threading.RLock()
 
     def put(self, tensor: Tensor, label: str = "", source: Tensor | None = None) -> Handle:
         """Queue ``tensor`` for the tier; it must not be changed in place until it is written or dropped.
@@ -123,18 +124,17 @@ class TieredStore:
         if tensor.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        with self._lock:
+        with self.lock:
             self.report.stored += 1
             self.report.stored_bytes += handle.nbytes
             self._held += handle.nbytes
             self._handles.add(handle)
             self._drop_doomed()
-        start = time.perf_counter()
         handle.job = self.lanes[self.backend.write_lane].submit(
             lambda: self._write(handle, event), handle.nbytes, label, lambda stored: self._written(handle, stored)
         )
-        with self._lock:
-            self.report.wait_seconds += time.perf_counter() - start
+        with self.lock:
+            self.report.wait_seconds += handle.job.waited_seconds
         return handle
 
     def has_room(self, nbytes: int) -> bool:
@@ -163,7 +163,7 @@ class TieredStore:
         try:
             return self.backend.write(tensor)
         except Exception as error:
-            with self._lock:
+            with self.lock:
                 self._forget(handle)
                 self.failure = self.failure or error
                 self.capacity = min(self._resident, self._resident if self.capacity is None else self.capacity)
@@ -176,7 +176,7 @@ class TieredStore:
     def _written(self, handle: Handle, stored: Stored | None) -> None:
         if stored is None:
             return
-        with self._lock:
+        with self.lock:
             superfluous = handle.dropped or handle.wanted or not _unchanged(handle)
             if not superfluous:
                 handle.stored, handle.tensor, handle.source = stored, None, None
@@ -188,7 +188,7 @@ class TieredStore:
             self.backend.delete(stored)
 
     def _read(self, handle: Handle) -> Tensor | None:
-        with self._lock:
+        with self.lock:
             if handle.dropped or handle.stored is None:
                 return None
             stored, handle.busy = handle.stored, True
@@ -202,7 +202,7 @@ class TieredStore:
             raise
 
     def _read_over(self, handle: Handle, tensor: Tensor | None) -> None:
-        with self._lock:
+        with self.lock:
             handle.busy = False
             if handle.dropped:
                 self._delete(handle)
@@ -216,7 +216,7 @@ class TieredStore:
 
     def prefetch(self, handle: Handle) -> None:
         """Begin to bring ``handle`` back, if it is away and not on its way; keep it, if it is still on its way out."""
-        with self._lock:
+        with self.lock:
             if handle.dropped or handle.reading is not None:
                 return
             if handle.tensor is not None:
@@ -252,7 +252,7 @@ class TieredStore:
                 it was not kept; names the label.
         """
         label = handle.label or "offloaded tensor"
-        with self._lock:
+        with self.lock:
             self._drop_doomed()
             if handle.tensor is not None:
                 if not _unchanged(handle):
@@ -275,7 +275,7 @@ class TieredStore:
         except CancelledError:
             raise HeadwayError(label, "was dropped while it was waited for") from None
         finally:
-            with self._lock:
+            with self.lock:
                 self.report.stall_seconds += time.perf_counter() - start
         tensor = handle.tensor
         if tensor is None:
@@ -284,7 +284,7 @@ class TieredStore:
 
     def release(self, handle: Handle) -> None:
         """Keep ``handle`` in the tier only; it can be fetched again. Does nothing if it never got there."""
-        with self._lock:
+        with self.lock:
             self._drop_doomed()
             if handle.stored is not None and not handle.busy:
                 if handle.reading is not None:
@@ -299,11 +299,11 @@ class TieredStore:
         # A collection may come to pass while another thread holds the store's lock and waits for one that this thread
         # holds (the back end's, a lane's). So this must not wait: whoever has the lock next does it.
         self._doomed.append(handle)
-        if self._lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):
             try:
                 self._drop_doomed()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _drop_doomed(self) -> None:
         while self._doomed:
@@ -337,7 +337,7 @@ class TieredStore:
 
     def close(self) -> None:
         """Cancel what waits, wait for what moves, and remove all that is stored. Safe after any failure, and twice."""
-        with self._lock:
+        with self.lock:
             if self.closed:
                 return
             self.closed = True

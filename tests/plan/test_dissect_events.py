@@ -92,6 +92,35 @@ def test_a_module_called_inside_backward_is_recompute_and_a_nested_node_is_backw
     assert root.children["backward"].children.keys() == {"a"}
 
 
+def test_what_runs_with_gradients_enabled_inside_backward_is_recompute_without_any_module(costs):
+    node = "autograd::engine::evaluate_function: X"
+    events = [
+        scope(STEP, 0, 100),
+        scope(MODULE + "a", 0, 10),
+        mm(0, 10, sequence=1),
+        Event(node, 10, 100, sequence=1, forward_thread=1),
+        mm(20, 50, sequence=2),  # a checkpointed function
+        mm(60, 70, sequence=-1),  # the node's own product
+    ]
+    root, _ = build_tree(events, costs)
+    assert milliseconds(root) == pytest.approx({"forward": 0.01, "backward": 0.06, "recompute": 0.03})
+    assert root.children["backward"].children["a"].children["aten::mm"].milliseconds == pytest.approx(0.01)
+
+
+def test_an_operation_made_of_others_made_their_nodes(costs):
+    node = "autograd::engine::evaluate_function: X"
+    events = [
+        scope(STEP, 0, 100),
+        scope(MODULE + "a", 0, 50),
+        Event("aten::relu", 0, 40, sequence=5, shapes=((4, 4),)),
+        Event("aten::inside", 10, 20, sequence=6),
+        Event("aten::inside", 20, 30, sequence=7),
+        Event(node, 60, 100, sequence=7, forward_thread=1),
+    ]
+    root, _ = build_tree(events, costs)
+    assert root.children["backward"].children.keys() == {"a"}
+
+
 def test_time_on_a_device_is_that_of_its_kernels_and_the_rest_is_idle(costs):
     node = "autograd::engine::evaluate_function: MmBackward0"
     events = [
@@ -103,7 +132,10 @@ def test_time_on_a_device_is_that_of_its_kernels_and_the_rest_is_idle(costs):
         Event("triton_kernel_0", 50, 60, device=100.0),
         # Autograd runs on another thread for a device.
         Event(node, 200, 300, thread=2, sequence=3, forward_thread=1),
-        mm(210, 220, thread=2, device=400.0),
+        mm(210, 220, thread=2, device=390.0),
+        # A part of the graph that has no device runs on the caller's.
+        Event(node, 400, 420, sequence=3, forward_thread=1),
+        mm(405, 415, device=10.0),
         # A data loader's thread has no part in the step.
         Event("aten::mm", 0, 900, thread=3, shapes=((4, 4), (4, 4))),
     ]

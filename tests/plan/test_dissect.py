@@ -213,6 +213,20 @@ def test_custom_operators_are_looked_into(compiled):
     assert tree.root.flops == tree.counted_flops
 
 
+@torch.library.custom_op("headway_test::twice", mutates_args=())
+def twice(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight) @ weight
+
+
+def test_composite_operations_inside_an_operator_are_counted():
+    x, weight = torch.randn(2, 16, 8), torch.randn(8, 8)
+    tree = dissect(lambda: twice(x, weight), nn.Identity(), steps=1, peaks={})
+    assert tree.root.total_flops == 2 * (2 * 32 * 8 * 8)
+    assert tree.root.flops == tree.counted_flops
+    names = {leaf.name for leaf in tree.root.leaves()}
+    assert "aten::mm" in names and not names & {"aten::linear", "aten::matmul"}
+
+
 def test_compiled_modules_stay_compiled_and_whole():
     torch._dynamo.reset()
     model = Decoder(layers=2)

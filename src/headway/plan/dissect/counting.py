@@ -122,8 +122,12 @@ class _Counter(TorchDispatchMode):
             self.costs.opened.add(func._schema.name)
             with torch.no_grad(), self:
                 return inside(*args, **kwargs)
-        out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", func)
+        if packet not in flop_registry and isinstance(func, OpOverload):
+            with self:  # operations made of others; autograd takes them apart, but it does not run inside of operators
+                if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return parts
+        out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

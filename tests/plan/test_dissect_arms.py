@@ -89,7 +89,6 @@ def test_a_4_bit_layer_is_the_layer_of_its_rounded_weights():
     assert {name for name, _ in adapted.named_parameters()} == {"a", "b"}
 
 
-@pytest.mark.slow
 def test_zero2_and_zero3_train_alike_and_keep_other_amounts():
     model = {"hidden": 32, "layers": 2, "heads": 2, "vocab": 64, "context": 32}
     found = on_ranks(sharded_steps, 2, model, 1, 16, 2)

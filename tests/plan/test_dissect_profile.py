@@ -130,17 +130,17 @@ def test_settings_by_name_and_their_combinations(tiny):
 
 @pytest.mark.slow
 def test_settings_side_by_side_one_of_which_fails(tiny, tmp_path):
-    settings = {"plain": (), "half": ["train.micro_batch=2"], "broken": ["optimizer.lr=1e30", "train.clip=null"]}
+    settings = {"plain": (), "broken": ["optimizer.lr=1e30", "train.clip=null"]}
     said = []
     options = {"steps": 1, "measure": 3, "repeats": 1, "log": tmp_path / "log.jsonl", "say": said.append}
     report = profile_recipe(tiny(), settings=settings, batches=[4, 8], **options)
     found = [(s.name, s.batch, s.cell.status) for s in report.settings]
-    assert found == [("plain", 4, "ok"), ("half", 4, "ok"), ("broken", 4, "nan"), ("plain", 8, "ok"), ("half", 8, "ok")]
-    plain, half = report.settings[:2]
-    assert plain.time_ratio == 1.0 and half.memory_ratio < 1
+    assert found == [("plain", 4, "ok"), ("broken", 4, "nan"), ("plain", 8, "ok")]
+    plain, broken = report.settings[:2]
+    assert plain.time_ratio == 1.0 and broken.time_ratio is None
     assert plain.phases.keys() >= {"forward", "backward", "optimizer"}
     text = text_of(report.tables())
-    assert "half" in text and "nan" in text and "time ratio" in text
+    assert "broken" in text and "nan" in text and "time ratio" in text
     report.save(tmp_path / "profile.json")
     assert [row["name"] for row in profile_view(tmp_path / "profile.json")["settings"]] == [f[0] for f in found]
     count = len(said)

@@ -142,7 +142,8 @@ class _Blocks:
                 t, w, segments=segments, window=self.window, causal=self.causal, offset=shift, device=scores.device
             )
             assert mask is not None
-            scores.view(self.batch, self.heads, t, w).masked_fill_(~mask, -math.inf)
+            # one bias for all heads: adding it is several times faster than filling by a mask that is broadcast
+            scores.view(self.batch, self.heads, t, w).add_(torch.where(mask, 0.0, -math.inf).to(scores.dtype))
         return torch.softmax(scores, -1, out=out)
 
     def _triangle(self, t: int, like: Tensor) -> Tensor:

@@ -64,12 +64,12 @@ def test_sizes_of_a_known_law_form_a_u():
     runs = []
     for shape in shapes:
         tokens = [budget / shape.flops_per_token for budget in budgets]
-        losses = [1 + 40 * shape.parameters**-0.35 + 40 * t**-0.3 for t in tokens]
+        losses = [1 + 15 * shape.parameters**-0.35 + 40 * t**-0.3 for t in tokens]
         runs.append([SizeRun(shape.parameters, *point, flops=b) for *point, b in zip(tokens, losses, budgets)])
     found, figure = one_epoch._sizes(runs, budgets)
     assert found["u_shapes"].value == 3
     low, high = found["ratio"].interval
-    assert 0.2 < low <= found["ratio"].value <= high < 115
+    assert 0.38 < low <= found["ratio"].value <= high < 490
     assert [len(series.x) for series in figure.series] == [4, 4, 4]
 
     slope = [[SizeRun(r.parameters, r.tokens, 3 - 0.1 * math.log(r.parameters), flops=r.flops) for r in one]

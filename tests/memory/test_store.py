@@ -73,7 +73,7 @@ def test_a_tensor_leaves_and_comes_back(kind: str, tmp_path: Path) -> None:
     copy_sum = float(tensor.double().sum())
     handle = store.put(tensor, "blocks.0")
     del tensor
-    store.lanes.drain()
+    store.drain()
     assert not handle.here and live_bytes(CPU) - before < 1000, "it is still in memory"
     store.prefetch(handle)
     back = store.get(handle)
@@ -103,7 +103,7 @@ def test_forwarding_gives_the_very_tensor_back_while_it_is_written(gated: Tiered
     assert gated.get(queued).data_ptr() == second.data_ptr()
     assert (gated.report.forwarded, gated.report.cancelled, gated.report.cancelled_bytes) == (2, 1, 400)
     gated.backend.may_write.set()  # type: ignore[attr-defined]
-    gated.lanes.drain()
+    gated.drain()
     assert running.here and running.stored is None and gated.backend.bytes == 0, "the copy was of no use"  # type: ignore[attr-defined]
     assert gated.report.fetched == 0 and gated.report.stall_seconds == 0
 
@@ -117,11 +117,11 @@ def test_drop_at_every_moment(gated: TieredStore) -> None:
     gated.drop(queued)
     gated.drop(queued)
     backend.may_write.set()
-    gated.lanes.drain()
+    gated.drain()
     assert backend.bytes == 0 and gated.report.cancelled == 1
 
     handle = gated.put(torch.randn(100))
-    gated.lanes.drain()
+    gated.drain()
     backend.may_read.clear()
     gated.prefetch(handle)
     backend.reading.wait(5)
@@ -129,11 +129,11 @@ def test_drop_at_every_moment(gated: TieredStore) -> None:
     gated.drop(handle)  # while it is read: must neither wait nor pull the bytes away
     assert time.perf_counter() - start < 1 and backend.bytes == 400
     backend.may_read.set()
-    gated.lanes.drain()
+    gated.drain()
     assert backend.bytes == 0 and not handle.here
 
     handle = gated.put(torch.randn(100))
-    gated.lanes.drain()
+    gated.drain()
     backend.may_read.clear()
     threading.Timer(0.1, gated.drop, [handle]).start()
     threading.Timer(0.15, backend.may_read.set).start()
@@ -144,7 +144,7 @@ def test_drop_at_every_moment(gated: TieredStore) -> None:
 
 def test_a_drop_never_waits_for_the_stores_lock(gated: TieredStore) -> None:
     handle = gated.put(torch.randn(100))
-    gated.lanes.drain()
+    gated.drain()
     held, free = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -159,7 +159,7 @@ def test_a_drop_never_waits_for_the_stores_lock(gated: TieredStore) -> None:
     free.set()
     thread.join(5)
     gated.put(torch.randn(1))
-    gated.lanes.drain()
+    gated.drain()
     assert gated.backend.bytes == 4, "it was forgotten instead of being dropped later"  # type: ignore[attr-defined]
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_keeps_the_tensor_and_is_said_once(tmp_path: Path, monkeypat
     store, log = TieredStore(backend), FallbackLog()
     use_log(log)
     fits = store.put(torch.ones(1000))
-    store.lanes.drain()
+    store.drain()
 
     def full(tensor: Tensor) -> Stored:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -189,7 +189,7 @@ def test_a_full_disk_keeps_the_tensor_and_is_said_once(tmp_path: Path, monkeypat
     handles = []
     for tensor in tensors:
         handles.append(store.put(tensor))
-        store.lanes.drain()
+        store.drain()
     for tensor, handle in zip(tensors, handles, strict=True):
         assert torch.equal(store.get(handle), tensor)
     assert torch.equal(store.get(fits), torch.ones(1000))
@@ -210,7 +210,7 @@ def test_a_strict_run_stops_at_the_first_failed_write() -> None:
     use_log(FallbackLog(strict=True))
     store = TieredStore(Broken())
     store.put(torch.ones(1))
-    store.lanes.drain()
+    store.drain()
     with pytest.raises(HeadwayError, match="strict"):
         store.put(torch.ones(1))
     store.close()
@@ -223,7 +223,7 @@ def test_where_nothing_may_be_kept_a_failed_write_is_an_error() -> None:
 
     store = TieredStore(Broken(), keep_on_failure=False)
     handle = store.put(torch.ones(1), "blocks.3.mlp")
-    store.lanes.drain()
+    store.drain()
     with pytest.raises(HeadwayError, match=r"blocks\.3\.mlp: could not be stored \(Input/output error\)"):
         store.get(handle)
     store.close()
@@ -233,7 +233,7 @@ def test_where_nothing_may_be_kept_a_failed_write_is_an_error() -> None:
 def test_a_damaged_tensor_is_named(damage: str, tmp_path: Path) -> None:
     store = TieredStore(FileBackend(tmp_path))
     handle = store.put(torch.randn(3000), "blocks.7.attention")
-    store.lanes.drain()
+    store.drain()
     assert handle.stored is not None
     path: Path = handle.stored.place
     raw = bytearray(path.read_bytes())
@@ -255,14 +255,14 @@ def test_a_change_in_place_is_found_before_it_does_harm(gated: TieredStore) -> N
     running.add_(1)
     queued.mul_(2)
     backend.may_write.set()
-    gated.lanes.drain()
+    gated.drain()
     for handle in handles:
         with pytest.raises(HeadwayError, match="changed in place"):
             gated.get(handle)
     tensor = torch.randn(100)
     right = tensor.clone()
     handle = gated.put(tensor)
-    gated.lanes.drain()
+    gated.drain()
     tensor.zero_()  # once it is written, it may be
     assert torch.equal(gated.get(handle), right)
 

@@ -40,6 +40,7 @@ TABLE: dict[str, dict[str, str]] = {
         "plain": "headway.resilience.checkpoint:PlainCheckpointer",
     },
     "experiments": {
+        "ssdtrain": "headway.experiments.ssdtrain:experiment",
         "streambp": "headway.experiments.streambp:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",
         "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",

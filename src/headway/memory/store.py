@@ -101,6 +101,9 @@ class TieredStore:
         self._resident = 0  # bytes in the tier
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._doomed: deque[Handle] = deque()
+        # What lanes' threads are done with. Torch counts the CPU's memory by thread, so that what one thread made and
+        # another freed looks as if it were never freed: the store's user frees, and makes, on a CPU.
+        self._trash: deque[tuple[Tensor | None, Tensor | None]] = deque()
         # One for all handles: who touches the version counter of a tensor that may be being written holds it too.
         # Re-entrant, as a garbage collection inside may drop a tensor of this very store.
         self.lock = threading.RLock()
@@ -130,6 +133,7 @@ class TieredStore:
             self._held += handle.nbytes
             self._handles.add(handle)
             self._drop_doomed()
+        self.sweep()
         handle.job = self.lanes[self.backend.write_lane].submit(
             lambda: self._write(handle, event), handle.nbytes, label, lambda stored: self._written(handle, stored)
         )
@@ -170,7 +174,8 @@ class TieredStore:
                 self.report.kept += self.keep_on_failure
                 if self.keep_on_failure:
                     return None
-                handle.error, handle.tensor, handle.source = error, None, None
+                handle.error = error
+                self._let_go(handle)
             raise
 
     def _written(self, handle: Handle, stored: Stored | None) -> None:
@@ -179,7 +184,8 @@ class TieredStore:
         with self.lock:
             superfluous = handle.dropped or handle.wanted or not _unchanged(handle)
             if not superfluous:
-                handle.stored, handle.tensor, handle.source = stored, None, None
+                handle.stored = stored
+                self._let_go(handle)
                 self._resident += handle.nbytes
             else:
                 self._forget(handle)
@@ -187,14 +193,14 @@ class TieredStore:
         if superfluous:
             self.backend.delete(stored)
 
-    def _read(self, handle: Handle) -> Tensor | None:
+    def _read(self, handle: Handle, into: Tensor | None) -> Tensor | None:
         with self.lock:
             if handle.dropped or handle.stored is None:
                 return None
             stored, handle.busy = handle.stored, True
         try:
             with side_stream(handle.device):  # memory of the stream that copies: nothing to wait for
-                tensor = torch.empty(handle.shape, dtype=handle.dtype, device=handle.device)
+                tensor = _room_for(handle) if into is None else into
                 self.backend.read(stored, tensor)
             return tensor
         except BaseException:
@@ -206,6 +212,8 @@ class TieredStore:
             handle.busy = False
             if handle.dropped:
                 self._delete(handle)
+                if tensor is not None and not tensor.is_cuda:
+                    self._trash.append((tensor, None))
                 return
             handle.tensor = tensor
             if tensor is not None:
@@ -216,14 +224,16 @@ class TieredStore:
 
     def prefetch(self, handle: Handle) -> None:
         """Begin to bring ``handle`` back, if it is away and not on its way; keep it, if it is still on its way out."""
+        self.sweep()
         with self.lock:
             if handle.dropped or handle.reading is not None:
                 return
             if handle.tensor is not None:
                 self._forward(handle)
             elif handle.stored is not None:
+                into = None if handle.device.type == "cuda" else _room_for(handle)
                 handle.reading = self.lanes[self.backend.read_lane].submit(
-                    lambda: self._read(handle),
+                    lambda: self._read(handle, into),
                     handle.nbytes,
                     handle.label,
                     lambda tensor: self._read_over(handle, tensor),
@@ -304,6 +314,25 @@ class TieredStore:
                 self._drop_doomed()
             finally:
                 self.lock.release()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Free what has been written since the last call; most calls do it by the way."""
+        while self._trash:
+            try:
+                self._trash.popleft()
+            except IndexError:  # another thread took it
+                return
+
+    def drain(self) -> None:
+        """Wait until nothing moves in the lanes, and free what was written."""
+        self.lanes.drain()
+        self.sweep()
+
+    def _let_go(self, handle: Handle) -> None:
+        if handle.device.type != "cuda":
+            self._trash.append((handle.tensor, handle.source))
+        handle.tensor = handle.source = None
 
     def _drop_doomed(self) -> None:
         while self._doomed:
@@ -312,7 +341,7 @@ class TieredStore:
                 continue
             handle.dropped = True
             self._cancel(handle)
-            handle.tensor = handle.source = None
+            self._let_go(handle)
             if handle.reading is not None:
                 handle.reading.cancel()
             if not handle.busy:  # else whoever reads it removes it
@@ -348,9 +377,14 @@ class TieredStore:
             for job in (handle.job, handle.reading):
                 if job is not None and not job.done:
                     job.wait()
+        self.sweep()
         if self._owns_lanes:
             self.lanes.close(cancel=True)
         self.backend.close()
+
+
+def _room_for(handle: Handle) -> Tensor:
+    return torch.empty(handle.shape, dtype=handle.dtype, device=handle.device)
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,8 @@ class ActivationStore:
         policy: ``all`` offloads all it may; ``adaptive`` does so for two passes, then as much as hides behind the
             computation; ``none`` nothing.
         min_bytes: smaller storages stay.
-        prefetch: modules brought back at a time, ahead of the backward pass; 0 waits until they are needed.
+        prefetch: modules brought back at a time, ahead of the backward pass, and more as it frees memory; 0 waits
+            until they are needed.
         keep: patterns of names of modules whose tensors stay.
         bandwidth: bytes per second to plan with; default: as measured.
         lanes: shared with whatever else moves data. The store's own have ``queue_bytes`` of room for writes.
@@ -206,6 +208,7 @@ class ActivationStore:
         pass_.keep.update(_stamps(t for t in inputs if not t.requires_grad))
 
     def _next_segment(self) -> None:
+        self.store.sweep()
         pass_ = self._pass
         if pass_ is not None:
             pass_.segments.append(Segment(len(pass_.segments), self.scopes.current))
@@ -306,16 +309,23 @@ class ActivationStore:
             if pass_.timed:
                 pass_.end(mark(self._device), self.store.report.wait_seconds)
             pass_.away = [s for s in reversed(pass_.segments) if s.entries]
+            pass_.freed = [*accumulate((s.volume for s in reversed(pass_.segments)), initial=0)][::-1]
         if not self.prefetch or pass_.away is None:
             return
         passed = bisect.bisect_left(pass_.away, -segment.number, key=lambda s: -s.number)
-        # Two chunks are here or on their way: the one being worked on, and the next.
+        # Two chunks are here or on their way: the one being worked on, and the next. A slow link is also given as much
+        # as the backward pass has freed so far: that does not raise the peak, which was at its beginning.
         wanted = (passed // self.prefetch + 2) * self.prefetch
-        while pass_.asked < min(wanted, len(pass_.away)):
-            for entry in [ref() for ref in reversed(pass_.away[pass_.asked].entries)]:
+        freed = pass_.freed[min(segment.number + 1, len(pass_.freed) - 1)]
+        while pass_.asked < len(pass_.away):
+            following = pass_.away[pass_.asked]
+            if pass_.asked >= wanted and pass_.asked_bytes + following.volume > freed:
+                break
+            for entry in [ref() for ref in reversed(following.entries)]:
                 if entry is not None:
                     self.store.prefetch(entry.handle)
             pass_.asked += 1
+            pass_.asked_bytes += following.volume
 
     # What came of it.
 

@@ -33,7 +33,7 @@ class SSDTrainOptions(Options):
     min_bytes: Bytes = Field(1 << 20, ge=1)
     """Smaller tensors stay."""
     prefetch: int = Field(2, ge=0)
-    """Modules brought back at a time, ahead of the backward pass; 0: only when needed."""
+    """Modules brought back at a time, ahead of the backward pass, and more as it frees memory; 0: only when needed."""
     keep: tuple[str, ...] = KEEP
     """Patterns of module names whose tensors stay."""
     queue: Bytes = Field(1 << 30, ge=1)

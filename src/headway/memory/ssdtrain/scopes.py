@@ -47,6 +47,9 @@ class Pass:
     """Segments with something offloaded, the last one first; made when the backward pass begins."""
     asked: int = 0
     """How many of them have been asked for."""
+    asked_bytes: int = 0
+    freed: list[int] = field(default_factory=list)
+    """Bytes that the segments from each number on saved."""
     keep: set[int] = field(default_factory=set)
     """Stamps of storages that stay: parameters, buffers, inputs."""
     seen: set[int] = field(default_factory=set)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from headway.optim.adamw import build_adamw, param_groups
 from headway.core.clip import clip_
+from headway.optim.adamw import build_adamw, param_groups
 
 
 def test_only_matrices_decay_and_a_tied_one_once():

@@ -24,7 +24,7 @@ from headway.models.config import LlamaConfig
 
 VOCAB = 32_000
 LOGITS_CHUNK = 128
-BASELINE_LENGTH = 4096
+BASELINE_LENGTH = 2048
 """The sequence length whose memory, under recomputation, is the budget for both."""
 
 Step = Callable[[], None]

@@ -38,6 +38,20 @@ def recipe(arm: str, hidden: int, layers: int) -> dict[str, Any]:
     }
 
 
+def peer_config(hidden: int, layers: int) -> dict[str, Any]:
+    """The same model as transformers describes it."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": -(-8 * hidden // (3 * 64)) * 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "max_position_embeddings": SEQUENCE,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+
+
 def headway_trainer(arm: str, hidden: int, layers: int) -> Any:
     """Headway's own trainer."""
     from headway.core.build import build_trainer
@@ -103,16 +117,7 @@ def run_transformers(arm: str, hidden: int, layers: int, requests: Iterator[str]
             self.left, self.started = int(request.split()[1]), time.perf_counter()
 
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=-(-8 * hidden // (3 * 64)) * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=SEQUENCE,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = LlamaConfig(**peer_config(hidden, layers))
     folder = tempfile.TemporaryDirectory()  # the Trainer wants one, but writes nothing
     arguments = TrainingArguments(
         output_dir=folder.name,

@@ -46,7 +46,8 @@ def test_the_parts_add_up_to_the_meters_peak(recompute, dtype):
     assert report.before.activations == 0
     assert all(value >= 0 for value in vars(report.peak).values() if isinstance(value, int))
     if recompute is None:
-        assert report.peak.other < 0.5 * report.peak.activations
+        ours = report.peak.other - report.before.other  # what else lives in the process is none of the step's
+        assert ours < 0.5 * report.peak.activations
     if dtype == torch.bfloat16:
         assert report.before.gradients == 4 * parameters, "the buffers that fp32 gradients are summed in are kept"
 
@@ -72,7 +73,7 @@ def test_gradients_are_whole_when_the_optimizer_makes_the_peak():
     weight = 4 * 256 * 256
     assert report.peak_phase == "other", "the temporaries of an update that is not fused"
     assert report.peak.gradients == weight
-    assert report.peak.other == pytest.approx(weight, rel=0.05)
+    assert report.peak.other - report.before.other == pytest.approx(weight, rel=0.05)
     assert report.before.gradients == 0
     assert report.peak.total == live_peak(step)[1]
 

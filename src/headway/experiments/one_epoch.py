@@ -336,7 +336,7 @@ experiment = Experiment(
         Expectation("law_extra_cosine", "not claimed: a decaying rate breaks the law", at_least(0.02), only="full",
                     title="error of the same with cosine, minus that"),
     ),
-    minutes=14,
+    minutes=17,
     quick=Quick(("schedule.warmup=8",)),
     notes=(
         "A Llama of 0.4 M parameters (width 128, 2 blocks) on bytes of the Python standard library, context 128, 1024 "

@@ -181,6 +181,7 @@ def test_only_the_command_line_prints_results():
 def test_tests_mirror_the_source():
     folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in TESTS if path.parent != ROOT / "tests"}
     known = {path.parent.relative_to(SOURCE).parts[0] for path in SOURCES if path.parent != SOURCE}
+    known.add("benchmarks")  # beside the package, not in it
     assert folders <= known, "a folder of tests without a folder of source"
 
 

@@ -122,10 +122,10 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """The best rate of a large square matrix product, in FLOP/s, over a fraction of a second."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, deadline = float("inf"), time.perf_counter() + 0.6
     for _ in range(3):
         a @ b
-    while time.perf_counter() < deadline:
+    best, deadline = float("inf"), time.perf_counter() + 0.6
+    while best == float("inf") or time.perf_counter() < deadline:  # once at least, however busy the machine is
         synchronize(device)
         start = time.perf_counter()
         a @ b

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from headway.core import meters
 from headway.core.meters import hardware, live_bytes, live_peak, matmul_peak, process_peak_bytes
 
 MiB = 2**20
@@ -67,6 +68,18 @@ def test_matmul_peak_is_measured_once() -> None:
     first = matmul_peak(torch.float32, cpu)
     assert first > 1e9
     assert matmul_peak(torch.float32, cpu) == first
+
+
+def test_a_peak_that_was_surpassed_is_measured_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path))
+    cpu = torch.device("cpu")
+    rates = iter([2e9, 5e9, 4e9, 3e9])
+    monkeypatch.setattr(meters, "measure_matmul_peak", lambda dtype, device: next(rates))
+    assert matmul_peak(torch.float32, cpu) == 2e9
+    assert matmul_peak(torch.float32, cpu, reached=1e9) == 2e9
+    assert matmul_peak(torch.float32, cpu, reached=3e9) == 5e9
+    assert matmul_peak(torch.float32, cpu, reached=6e9) == 5e9, "a busy machine measures less; the higher one stays"
+    assert matmul_peak(torch.float32, cpu, fresh=True) == 3e9
 
 
 def test_facts() -> None:

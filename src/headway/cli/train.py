@@ -106,11 +106,16 @@ def _sample(run: Run, prompt: str) -> str:
     )
 
 
+def _utilization(share: float) -> str:
+    if share > 1:  # other work kept the machine from its peak while that was measured
+        return "share of the peak unknown: the machine was busy; `headway doctor` measures it anew"
+    return f"{percent(share)} of the matrix-product peak"
+
+
 def _print(result: dict[str, Any]) -> None:
     rows: list[tuple[str, Any]] = [
         ("tokens", f"{human(result['tokens'])} in {result['steps']} steps, {human_seconds(result['wall_seconds'])}"),
-        ("rate", f"{human(result['tokens_per_second'])} tokens/s, {percent(result['model_flops_utilization'])} of the "
-                 "matrix-product peak"),
+        ("rate", f"{human(result['tokens_per_second'])} tokens/s, {_utilization(result['model_flops_utilization'])}"),
         ("memory", f"{human(result['peak_memory_bytes'], 'B')} of tensors, "
                    f"{human(result['process_peak_bytes'], 'B')} of the process"),
         ("validation loss", f"{result['eval_loss']:.4f}"),

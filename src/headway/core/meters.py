@@ -134,8 +134,14 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, fresh: bool = False) -> float:
-    """The matrix-product peak in FLOP/s, measured once per machine, torch and number of threads."""
+def matmul_peak(dtype: torch.dtype, device: torch.device, fresh: bool = False, reached: float = 0.0) -> float:
+    """The matrix-product peak in FLOP/s, measured once per machine, torch and number of threads.
+
+    Args:
+        fresh: measure it now.
+        reached: a rate that something reached. A remembered peak below it was measured while the machine was busy;
+            it is measured again and the higher one stays.
+    """
     path = cache_folder() / "matmul-peak.json"
     facts = hardware()
     key = "|".join(str(v) for v in (facts["gpu"] if device.type == "cuda" else facts["cpu"], device.type, str(dtype),
@@ -144,8 +150,8 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, fresh: bool = False) -
         known: dict[str, float] = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    if fresh or key not in known:
-        known[key] = measure_matmul_peak(dtype, device)
+    if fresh or known.get(key, 0.0) <= reached:
+        known[key] = max(measure_matmul_peak(dtype, device), 0.0 if fresh else known.get(key, 0.0))
         write_json(path, known)
     return known[key]
 

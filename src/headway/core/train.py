@@ -87,7 +87,7 @@ def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:
     rates = sorted(r["tokens_per_second"] for r in read_metrics(path / "metrics.jsonl") if "tokens_per_second" in r)
     rate = rates[len(rates) // 2] if rates else trainer.tokens / max(trainer.seconds, 1e-9)
     flops = trainer.workload.flops_per_token(trainer.model)
-    peak = meters.matmul_peak(DTYPES[trainer.recipe.train.precision], trainer.device)
+    peak = meters.matmul_peak(DTYPES[trainer.recipe.train.precision], trainer.device, reached=rate * flops)
     metrics = {key: value for key, value in trainer.evaluation.items() if key not in ("step", "tokens")}
     return {
         **metrics,

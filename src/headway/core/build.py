@@ -10,6 +10,7 @@ import torch
 
 from headway.core import registry
 from headway.core.allocator import keep_freed_memory
+from headway.core.checkpointer import NoCheckpoints
 from headway.core.clip import clip_
 from headway.core.errors import RecipeError
 from headway.core.fallback import FallbackLog, use_log
@@ -91,22 +92,6 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     )
     trainer.changes = check_changes(methods)
     return trainer
-
-
-class NoCheckpoints:
-    """For a training without a directory, such as an arm of a comparison: saves nothing, finds nothing."""
-
-    every: int | None = None
-
-    def save(self, step: int, state: dict[str, object]) -> Path:
-        """Keep nothing."""
-        return Path()
-
-    def load(self) -> None:
-        """Find nothing."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def select_device(recipe: Recipe) -> torch.device:

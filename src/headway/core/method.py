@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from headway.core.checkpointer import Checkpointer
     from headway.core.recipe import Recipe
     from headway.core.workload import StepBatch
 
@@ -144,8 +145,9 @@ class Method:
         """``() -> context`` inside which the model holds the weights to evaluate."""
         return weights
 
-    def checkpointer(self, checkpointer: Any) -> Any:
-        """Saves and loads the run's state."""
+    def checkpointer(self, checkpointer: Checkpointer) -> Checkpointer:
+        """Saves and loads the run's state. A method that changes weights in place outside the update calls its
+        ``fence`` before."""
         return checkpointer
 
     # What it did, and what it remembers.

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from headway.core import state as run_state
+from headway.core.checkpointer import Checkpointer
 from headway.core.errors import CheckpointError, DivergedError, Interrupted
 from headway.core.meters import live_peak, synchronize
 from headway.core.method import ForwardBackward, Gradients, Loss, Method, Schedule, Update, Weights
@@ -61,7 +62,7 @@ class Trainer:
     gradients: Gradients
     update: Update
     weights: Weights
-    checkpointer: Any
+    checkpointer: Checkpointer
     observers: Sequence[Observer] = ()
     base_lrs: list[float] = field(default_factory=list)
 
@@ -102,6 +103,7 @@ class Trainer:
         factor = self.schedule(self.step, self.progress)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+        self.checkpointer.fence()  # the newest checkpoint may still be reading what the update changes
         self.update()
         synchronize(self.device)
         elapsed = time.perf_counter() - start
@@ -118,6 +120,7 @@ class Trainer:
     def evaluate(self) -> Record:
         """Metrics on the validation split, with the weights that `weights` chooses."""
         self.model.eval()
+        self.checkpointer.fence()  # `weights` may put others in the place of those being saved
         with self.weights(), torch.no_grad():
             metrics = self.workload.evaluate(self.model, self.device)
         return {"step": self.step, "tokens": self.tokens, **metrics}
@@ -158,6 +161,7 @@ class Trainer:
                 saved_at = None  # a checkpoint without the last evaluation would have it made and logged twice
             if saved_at != self.step and self.step:
                 self._save()
+            self.checkpointer.wait()
         if stop:
             raise Interrupted(stop[0])
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from headway.core.checkpointer import Checkpointer
 from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 
@@ -63,6 +64,11 @@ class SAM(Method):
         self._gathered = [masters.get(p, p) for p in self._parameters]
         return optimizer
 
+    def checkpointer(self, checkpointer: Checkpointer) -> Checkpointer:
+        """Remember whom to ask before weights are moved."""
+        self._checkpointer = checkpointer
+        return checkpointer
+
     def forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
         """Find the ascent direction, then let the wrapped pass add its gradient at the moved weights.
 
@@ -76,6 +82,7 @@ class SAM(Method):
             with torch.random.fork_rng():  # both passes see the same dropout
                 loss = forward_backward(micro, targets)
             moved = [(p, t.grad.to(p.dtype)) for p, t in zip(self._parameters, self._gathered) if t.grad is not None]
+            self._checkpointer.fence()
             before = ascend([p for p, _ in moved], [g for _, g in moved], self.options.rho)
             for tensor, gradient in zip(self._gathered, kept):
                 tensor.grad = gradient

@@ -144,5 +144,11 @@ class PlainCheckpointer:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(str(path / STATE), f"cannot be read ({error})") from error
 
+    def fence(self) -> None:
+        """Whatever was saved has been read."""
+
+    def wait(self) -> None:
+        """Whatever was saved is on the disk."""
+
     def close(self) -> None:
         """Nothing is open between two calls."""

@@ -21,6 +21,9 @@ from headway.core.files import cache_folder, write_json
 
 R = TypeVar("R")
 
+host_storages: set[int] = set()
+"""Addresses of storages that stand for host memory where the device is the CPU: `live_bytes` passes over them."""
+
 
 def live_bytes(device: torch.device) -> int:
     """Bytes of all distinct tensor storages alive on ``device``."""
@@ -34,7 +37,8 @@ def live_bytes(device: torch.device) -> int:
                 continue
             if thing.device.type == device.type and thing.layout is torch.strided:
                 storage = thing.untyped_storage()
-                seen[storage._cdata] = storage.nbytes()
+                if storage.data_ptr() not in host_storages:
+                    seen[storage._cdata] = storage.nbytes()
         except (ReferenceError, RuntimeError, NotImplementedError, ValueError):
             continue  # a dead weak proxy, or a tensor without storage, such as a lazy module's parameter
     return sum(seen.values())

@@ -45,13 +45,13 @@ def test_no_such_memory_says_how_much_and_the_limits(monkeypatch: pytest.MonkeyP
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    with pytest.raises(HeadwayError, match=r"(?s)4000 bytes.*ulimit -l is"):
+    with pytest.raises(HeadwayError, match=r"(?si)4000 bytes.*ulimit -l is"):
         host_empty(1000, torch.float32, CPU)
 
 
 def test_refused_pinning_says_how_much_and_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_pin", lambda address, nbytes: 2)
-    with pytest.raises(HeadwayError, match=r"(?s)4000 bytes.*cannot be pinned.*ulimit -l is"):
+    with pytest.raises(HeadwayError, match=r"(?si)4000 bytes.*cannot be pinned.*ulimit -l is"):
         host_empty(1000, torch.float32, torch.device("cuda"))
 
 

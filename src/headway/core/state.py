@@ -3,6 +3,10 @@
 Optimizers number their parameters; names survive surgery, other layouts and other optimizers. A low-precision run
 keeps fp32 masters inside its optimizer, and those, not their rounded copies, are the state to save, average or hand
 over.
+
+An optimizer that keeps masters or states somewhere else, such as on disk, offers them itself: ``named_masters() ->
+{parameter: fp32 values}`` and ``named_states() -> {parameter: {key: values}}``, which may be read only when they are
+looked at, and ``load_masters`` and ``load_states`` for the way back. What is saved is the same.
 """
 
 from __future__ import annotations
@@ -19,12 +23,15 @@ from headway.core.errors import CheckpointError
 
 def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Name -> the fp32 tensor that the optimizer updates, for every trained or frozen parameter; tied ones once."""
-    masters: dict[torch.Tensor, torch.Tensor] = getattr(optimizer, "masters", {})
+    offered = getattr(optimizer, "named_masters", None)
+    masters: dict[torch.Tensor, torch.Tensor] = offered() if offered else getattr(optimizer, "masters", {})
     return {name: masters.get(p, p.data) for name, p in model.named_parameters()}
 
 
 def refresh_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copy the masters into the model after something has changed them."""
+    if hasattr(optimizer, "named_masters"):
+        return  # `load_masters`, the one way to change them, has done it
     with torch.no_grad():
         for parameter, master in getattr(optimizer, "masters", {}).items():
             parameter.copy_(master)
@@ -54,12 +61,19 @@ def load_model_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
             if tensor.shape != state[name].shape:
                 shapes = f"{tuple(state[name].shape)} for {tuple(tensor.shape)}"
                 raise CheckpointError("checkpoint", f"holds {name} in another shape: {shapes}")
-            tensor.copy_(state[name])
+        elsewhere = _offered(model, optimizer)
+        for name in own.keys() - elsewhere.keys():
+            own[name].copy_(state[name])
+        if elsewhere:
+            optimizer.load_masters({p: state[name] for name, p in elsewhere.items()})  # type: ignore[attr-defined]
     refresh_weights(model, optimizer)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Parameter name -> its optimizer state."""
+    if offered := getattr(optimizer, "named_states", None):
+        states = offered()
+        return {name: states[p] for name, p in _offered(model, optimizer).items() if p in states}
     inner = getattr(optimizer, "inner", optimizer)
     return {
         name: dict(inner.state[master]) for name, master in _trained(model, optimizer).items() if master in inner.state
@@ -78,6 +92,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         raise CheckpointError(
             "checkpoint", f"holds optimizer state of unknown parameters: {', '.join(sorted(unknown)[:4])}"
         )
+    if elsewhere := _offered(model, optimizer):
+        optimizer.load_states({elsewhere[name]: values for name, values in state.items()})  # type: ignore[attr-defined]
+        return
     for name, values in state.items():
         master = trained[name]
         inner.state[master] = {
@@ -86,6 +103,13 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
             else value
             for key, value in values.items()
         }
+
+
+def _offered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Name -> parameter, for those that the optimizer keeps itself."""
+    if not hasattr(optimizer, "named_masters"):
+        return {}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

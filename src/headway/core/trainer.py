@@ -8,10 +8,10 @@ assemble                                                 points, in this order (
 load the newest checkpoint
 until the budget of steps, tokens or time is spent:
     batch = next(stream)                                 stream
+    set the learning rate                                schedule
     for each micro-batch:
         forward_backward(micro-batch)                    forward_backward, which calls loss
     gradients()                                          gradients
-    set the learning rate                                schedule
     update()                                             update, which calls optimizer
     log
     evaluate, now and then, inside weights()             weights
@@ -94,15 +94,15 @@ class Trainer:
         start = time.perf_counter()
         self.model.train()
         batch = next(self.stream)
+        factor = self.schedule(self.step, self.progress)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
         losses = [self.forward_backward(self._to_device(micro), batch.targets) for micro in batch.micro]
         grad_norm = self.gradients()
         loss = float(sum(losses)) / batch.targets
         if not (math.isfinite(loss) and math.isfinite(norm := float(grad_norm))):
             raise DivergedError(f"step {self.step + 1}", f"the loss is {loss} and the gradient norm {float(grad_norm)}",
                                 hint="lower optimizer.lr, lengthen schedule.warmup or set train.clip")  # fmt: skip
-        factor = self.schedule(self.step, self.progress)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
         self.checkpointer.fence()  # the newest checkpoint may still be reading what the update changes
         self.update()
         synchronize(self.device)

@@ -58,6 +58,43 @@ def blocked_attention(
     return out
 
 
+def blocked_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float = 1.0,
+    block: int = _BLOCK,
+) -> Tensor:
+    """As ``blocked_attention`` where nobody wants a gradient: for those who call ``blocked_attention_backward``."""
+    out: Tensor = _forward(q, k, v, segments, window, causal, scale, 0, block, False)[0]
+    return out
+
+
+def blocked_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float = 1.0,
+    block: int = _BLOCK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v`` from that of the output, for those who kept or recomputed the three."""
+    blocks = _Blocks(q.shape, k.shape[1], k.shape[2], segments, window, causal, scale, 0, block)
+    flat = (x.contiguous().flatten(0, 1) for x in (k, v))
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(
+        grad, blocks.fold(q), *flat, q.new_empty(0), segments, window, causal, scale, 0, block
+    )
+    return gradients
+
+
 class _Range(NamedTuple):
     """A block: queries ``i0`` to ``i1``, the keys ``j0`` to ``j1`` that any of them may see."""
 

@@ -29,10 +29,12 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods"
 
 # What a method needs in order to have something to act on; where nothing is said, its defaults do on the tiny recipe.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "deep-optimizer-states": {"options": {"stride": 2, "subgroup": 4096}},
     "length-warmup": {"options": {"first": 8, "steps": 10}},
     "token-accumulation": {"options": {"targets": 200}},
     "one-epoch": {"model": {"dropout": 0.1}},
     "ssdtrain": {"options": {"min_bytes": 1}},
+    "fuyou": {"train": {"clip": None}},
 }
 # A recipe in which the method has nothing to act on; it must be refused, or stop for having changed nothing.
 NOTHING: dict[str, dict[str, Any]] = {

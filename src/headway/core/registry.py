@@ -17,9 +17,12 @@ from headway.core.errors import HeadwayError, RecipeError, nearest
 
 TABLE: dict[str, dict[str, str]] = {
     "methods": {
+        "deep-optimizer-states": "headway.memory.deep_optimizer_states.method:DeepOptimizerStates",
         "ema": "headway.optim.ema:EMA",
+        "fuyou": "headway.memory.fuyou.method:Fuyou",
         "label-smoothing": "headway.layers.label_smoothing:LabelSmoothing",
         "length-warmup": "headway.data.length_warmup:LengthWarmup",
+        "memo": "headway.memory.memo.method:MemoMethod",
         "one-epoch": "headway.plan.one_epoch.method:OneEpoch",
         "recompute": "headway.memory.recompute:Recompute",
         "sam": "headway.optim.sam:SAM",
@@ -37,7 +40,12 @@ TABLE: dict[str, dict[str, str]] = {
         name: "headway.optim.schedules:Schedules" for name in ("constant", "cosine", "linear", "wsd", "inverse-sqrt")
     },
     "checkpointers": {
+        "lazy": "headway.resilience.lazy:LazyCheckpointer",
         "plain": "headway.resilience.checkpoint:PlainCheckpointer",
+    },
+    "planners": {
+        "memory": "headway.plan.memory.planner:plan_memory",
+        "memory-plan": "headway.plan.memory.planner:read_plan",
     },
     "experiments": {
         "ssdtrain": "headway.experiments.ssdtrain:experiment",

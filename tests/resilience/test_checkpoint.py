@@ -1,4 +1,6 @@
-"""Checkpoints: round trip, what is kept, what is damaged, what happens when the disk is full.
+"""Checkpoints, plain and lazy: round trip, what is kept, what is damaged, what happens when the disk is full.
+
+The lazy ones are waited for after each save; what they do meanwhile is tested in test_lazy.py.
 
 Needs: torch, hypothesis; a small tmpfs where mounting is allowed (skipped elsewhere).
 Run: pytest tests/resilience/test_checkpoint.py
@@ -23,6 +25,8 @@ from headway.core.errors import CheckpointError, HeadwayError, RecipeError
 from headway.core.options import parse_options
 from headway.resilience import manifest
 from headway.resilience.checkpoint import PlainCheckpointer
+from headway.resilience.lazy import LazyCheckpointer
+from headway.resilience.reading import SavedStates
 from tests.resilience.states import same, states
 
 
@@ -36,8 +40,26 @@ def state_of(step):
     }
 
 
-def checkpointer(folder, **options):
-    return PlainCheckpointer(PlainCheckpointer.Options(**options), folder)
+class Waited(LazyCheckpointer):
+    """Saves lazily and waits for it."""
+
+    def save(self, step, state):
+        path = super().save(step, state)
+        self.wait()
+        return path
+
+
+MODES = {"plain": PlainCheckpointer, "lazy": Waited}
+
+
+@pytest.fixture(params=MODES, scope="module")
+def mode(request):
+    return MODES[request.param]
+
+
+@pytest.fixture(scope="module")
+def checkpointer(mode):
+    return lambda folder, **options: mode(mode.Options(**options), folder)
 
 
 def names(folder):
@@ -59,7 +81,7 @@ def folder_for_examples(tmp_path_factory):
 
 @settings(max_examples=30, deadline=None)
 @given(state=states)
-def test_round_trip(folder_for_examples, state):
+def test_round_trip(folder_for_examples, state, checkpointer):
     saver = checkpointer(folder_for_examples)
     saver.save(1, {"state": state})
     assert same(checkpointer(folder_for_examples).load(), {"state": state})
@@ -68,31 +90,32 @@ def test_round_trip(folder_for_examples, state):
 def test_round_trip_over_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr("headway.resilience.tensors._FILE_BYTES", 1000)
     state = {"m": {str(i): torch.randn(100 + i) for i in range(9)}}
-    path = checkpointer(tmp_path).save(1, state)
+    saver = PlainCheckpointer(PlainCheckpointer.Options(), tmp_path)
+    path = saver.save(1, state)
     assert len(list(path.glob("*.distcp"))) == min(8, os.cpu_count() or 1)
-    assert same(checkpointer(tmp_path).load(), state)
+    assert same(saver.load(), state)
 
 
 @pytest.mark.parametrize("state", [{}, {"only": "plain"}, {"t": torch.empty(0)}])
-def test_nearly_empty_states(tmp_path, state):
+def test_nearly_empty_states(tmp_path, state, checkpointer):
     checkpointer(tmp_path).save(0, state)
     assert same(checkpointer(tmp_path).load(), state)
 
 
-def test_views_are_saved_without_their_storage(tmp_path):
+def test_views_are_saved_without_their_storage(tmp_path, checkpointer):
     whole = torch.arange(1 << 20)
     path = checkpointer(tmp_path).save(1, {"row": whole[:4], "column": whole.view(1024, 1024).t()[1, :3]})
     assert sum(file.stat().st_size for file in path.iterdir()) < 10_000
     assert same(checkpointer(tmp_path).load(), {"row": whole[:4], "column": torch.tensor([1, 1025, 2049])})
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, checkpointer):
     saver = checkpointer(tmp_path / "none")
     assert saver.load() is None and not (tmp_path / "none").exists()
     saver.close()
 
 
-def test_the_tools_of_torch_read_it(tmp_path):
+def test_the_tools_of_torch_read_it(tmp_path, checkpointer):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -105,13 +128,13 @@ def test_the_tools_of_torch_read_it(tmp_path):
     assert same(torch.load(tmp_path / "flat.pt")["model.bias"], model.state_dict()["bias"])
 
 
-def test_no_path_of_this_machine_is_stored(tmp_path):
+def test_no_path_of_this_machine_is_stored(tmp_path, checkpointer):
     path = checkpointer(tmp_path).save(1, state_of(1))
     for file in path.iterdir():
         assert os.fsencode(tmp_path) not in file.read_bytes() and tmp_path.name.encode() not in file.read_bytes()
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_are_kept(tmp_path, checkpointer):
     saver = checkpointer(tmp_path, keep=3)
     for step in range(10, 60, 10):
         assert saver.save(step, state_of(step)).name == f"step-{step:08d}"
@@ -120,23 +143,27 @@ def test_the_newest_are_kept(tmp_path):
     assert same(saver.load_from(tmp_path / "step-00000030"), state_of(30))
 
 
-def test_the_new_one_is_complete_before_an_old_one_goes(tmp_path, monkeypatch):
+def test_the_new_one_is_complete_before_an_old_one_goes(tmp_path, monkeypatch, checkpointer):
     saver = checkpointer(tmp_path, keep=1)
     saver.save(1, state_of(1))
     seen = []
-    monkeypatch.setattr("headway.resilience.checkpoint.prune", lambda *_: seen.append(same(saver.load(), state_of(2))))
+    for module in ("checkpoint", "commit"):
+        monkeypatch.setattr(
+            f"headway.resilience.{module}.prune",
+            lambda *_: seen.append(same(SavedStates(tmp_path).load(), state_of(2))),
+        )
     saver.save(2, state_of(2))
     assert seen == [True] and (tmp_path / "step-00000001").exists()
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_saving_a_step_again_replaces_it(tmp_path, checkpointer):
     saver = checkpointer(tmp_path)
     saver.save(5, state_of(5))
     saver.save(5, state_of(6))
     assert names(tmp_path) == ["step-00000005"] and same(saver.load(), state_of(6))
 
 
-def test_a_half_replaced_checkpoint_counts_and_gets_its_name_back(tmp_path):
+def test_a_half_replaced_checkpoint_counts_and_gets_its_name_back(tmp_path, checkpointer):
     reader = checkpointer(tmp_path)
     reader.save(4, state_of(4))
     reader.save(5, state_of(5)).rename(tmp_path / ".step-00000005.replaced-1")
@@ -145,7 +172,7 @@ def test_a_half_replaced_checkpoint_counts_and_gets_its_name_back(tmp_path):
     assert names(tmp_path) == ["step-00000004", "step-00000005"]
 
 
-def test_rests_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
+def test_rests_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path, checkpointer):
     checkpointer(tmp_path).save(1, state_of(1))
     code = (
         "import sys, time; from pathlib import Path; from headway.resilience.folders import new_folder\n"
@@ -197,7 +224,7 @@ def damage(path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize(("file", "kind"), damage_cases())
-def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, capsys, log, file, kind):
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, capsys, log, file, kind, checkpointer):
     saver = checkpointer(tmp_path)
     saver.save(10, state_of(10))
     damage(saver.save(20, state_of(20)) / file, kind, monkeypatch)
@@ -206,7 +233,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, ca
     assert "10 steps of training" in log.entries[0]["cost"] and "fallback" in capsys.readouterr().err
 
 
-def test_every_flipped_bit_is_found(tmp_path):
+def test_every_flipped_bit_is_found(tmp_path, checkpointer):
     saver = checkpointer(tmp_path)
     path = saver.save(1, {"w": torch.randn(2), "step": 1})
     count = 0
@@ -224,7 +251,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert count > 400 and same(saver.load(), {"w": saver.load()["w"], "step": 1})
 
 
-def test_all_damaged(tmp_path, log):
+def test_all_damaged(tmp_path, log, checkpointer):
     saver = checkpointer(tmp_path)
     for step in (1, 2):
         (saver.save(step, state_of(step)) / "state.json").write_text("{}")
@@ -235,7 +262,7 @@ def test_all_damaged(tmp_path, log):
     assert not log.entries
 
 
-def test_strict_runs_do_not_fall_back(tmp_path, log):
+def test_strict_runs_do_not_fall_back(tmp_path, log, checkpointer):
     log.strict = True
     saver = checkpointer(tmp_path)
     saver.save(1, state_of(1))
@@ -244,7 +271,7 @@ def test_strict_runs_do_not_fall_back(tmp_path, log):
         saver.load()
 
 
-def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path, log):
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path, log, checkpointer):
     saver = checkpointer(tmp_path)
     for step in (50, 100):
         saver.save(step, state_of(step))
@@ -257,7 +284,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path, log):
     assert names(tmp_path) == ["step-00000060", "step-00000100"] and same(saver.load(), state_of(100))
 
 
-def test_a_newer_format_is_refused_rather_than_passed_over(tmp_path, monkeypatch):
+def test_a_newer_format_is_refused_rather_than_passed_over(tmp_path, monkeypatch, checkpointer):
     saver = checkpointer(tmp_path)
     saver.save(1, state_of(1))
     with monkeypatch.context() as patch:
@@ -267,7 +294,7 @@ def test_a_newer_format_is_refused_rather_than_passed_over(tmp_path, monkeypatch
         saver.load()
 
 
-def test_load_from_names_what_is_not_there(tmp_path):
+def test_load_from_names_what_is_not_there(tmp_path, checkpointer):
     with pytest.raises(CheckpointError, match="there is no such checkpoint"):
         checkpointer(tmp_path).load_from(tmp_path / "step-00000001")
 
@@ -277,7 +304,7 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-def test_no_code_in_the_index_is_run(tmp_path, monkeypatch):
+def test_no_code_in_the_index_is_run(tmp_path, monkeypatch, checkpointer):
     monkeypatch.chdir(tmp_path)
     saver = checkpointer(tmp_path / "c")
     path = saver.save(1, state_of(1))
@@ -300,7 +327,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("limit", [0, 100, 2000, 20_000, 60_000, 80_000])
-def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, capfd, limit):
+def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, capfd, limit, checkpointer):
     state = {"m": {str(i): torch.randn(1000) for i in range(20)}}
     saver = checkpointer(tmp_path)
     saver.save(1, state)
@@ -345,7 +372,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_really_full_disk(tiny_disk):
+def test_a_really_full_disk(tiny_disk, checkpointer):
     saver = checkpointer(tiny_disk / "run", keep=5)
     state = {"w": torch.randn(100_000)}
     saver.save(1, state)
@@ -357,7 +384,7 @@ def test_a_really_full_disk(tiny_disk):
     assert same(checkpointer(tiny_disk / "run").load(), state)
 
 
-def test_a_state_that_cannot_be_saved_leaves_no_folder(tmp_path):
+def test_a_state_that_cannot_be_saved_leaves_no_folder(tmp_path, checkpointer):
     saver = checkpointer(tmp_path / "c")
     with pytest.raises(CheckpointError, match="is a set"):
         saver.save(1, {"a": set()})
@@ -365,7 +392,7 @@ def test_a_state_that_cannot_be_saved_leaves_no_folder(tmp_path):
 
 
 def test_an_interrupt_while_saving_leaves_no_folder(tmp_path, monkeypatch):
-    saver = checkpointer(tmp_path)
+    saver = PlainCheckpointer(PlainCheckpointer.Options(), tmp_path)
     saver.save(1, state_of(1))
 
     def interrupt(*_):
@@ -377,14 +404,24 @@ def test_an_interrupt_while_saving_leaves_no_folder(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_options():
-    parsed = parse_options(PlainCheckpointer.Options, {"every": "2k"}, "checkpoint")
-    assert (parsed.every, parsed.keep, parsed.mode) == (2000, 2, "plain")
+def test_each_mode_reads_the_other(tmp_path, mode):
+    other = next(m for m in MODES.values() if m is not mode)
+    path = mode(mode.Options(), tmp_path).save(3, state_of(3))
+    assert same(other(other.Options(), tmp_path).load(), state_of(3))
+    other(other.Options(), tmp_path).save(4, state_of(4))
+    assert same(mode(mode.Options(), tmp_path).load(), state_of(4))
+    files = {"manifest.json", "state.json", ".metadata", "__0_0.distcp"}
+    assert {p.name for p in path.iterdir()} == files
+
+
+def test_options(mode):
+    parsed = parse_options(mode.Options, {"every": "2k"}, "checkpoint")
+    assert (parsed.every, parsed.keep, MODES[parsed.mode]) == (2000, 2, mode)
     for raw, message in [({"keep": 0}, "checkpoint.keep"), ({"every": 0}, "checkpoint.every"), ({"evry": 1}, "every")]:
         with pytest.raises(RecipeError, match=message):
-            parse_options(PlainCheckpointer.Options, raw, "checkpoint")
+            parse_options(mode.Options, raw, "checkpoint")
 
 
-def test_the_module_of_the_options_does_not_import_torch():
-    code = "import sys, headway.resilience.checkpoint; sys.exit('torch' in sys.modules)"
+def test_the_modules_of_the_options_do_not_import_torch():
+    code = "import sys, headway.resilience.checkpoint, headway.resilience.lazy; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

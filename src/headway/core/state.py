@@ -25,7 +25,7 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """Name -> the fp32 tensor that the optimizer updates, for every trained or frozen parameter; tied ones once."""
     offered = getattr(optimizer, "named_masters", None)
     masters: dict[torch.Tensor, torch.Tensor] = offered() if offered else getattr(optimizer, "masters", {})
-    return {name: masters.get(p, p.data) for name, p in model.named_parameters()}
+    return {name: masters.get(p, p.detach()) for name, p in model.named_parameters()}
 
 
 def refresh_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

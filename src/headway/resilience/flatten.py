@@ -19,6 +19,7 @@ expect it.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -28,34 +29,50 @@ from headway.core.errors import CheckpointError
 _DIGITS_LIMIT = 10**600  # below every limit that sys.set_int_max_str_digits accepts
 
 
-def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def flatten(state: Any, sharded: bool = False) -> tuple[Any, dict[str, torch.Tensor]]:
     """``state`` as JSON data and its tensors by key.
+
+    Args:
+        sharded: let DTensors pass.
 
     Raises:
         CheckpointError: it holds something that is neither plain data nor a plain tensor; the path says where.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _Table(sharded)
     return _encode(state, (), tensors), tensors
 
 
-def unflatten(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+class _Table(dict[str, torch.Tensor]):
+    """Key -> tensor."""
+
+    def __init__(self, sharded: bool) -> None:
+        super().__init__()
+        self.types: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)
+        if sharded and (module := sys.modules.get("torch.distributed.tensor")):  # slow to import; without it no DTensor
+            self.types += (module.DTensor,)
+
+
+def unflatten(plain: Any, tensors: dict[str, torch.Tensor], partial: bool = False) -> Any:
     """What ``flatten`` was given.
+
+    Args:
+        partial: put None where a tensor is missing.
 
     Raises:
         ValueError: ``plain`` is not what ``flatten`` makes.
         KeyError: a tensor is missing.
     """
     if isinstance(plain, list):
-        return [unflatten(item, tensors) for item in plain]
+        return [unflatten(item, tensors, partial) for item in plain]
     if not isinstance(plain, dict):
         return plain
     tag = next(iter(plain), "")
     if not tag.startswith("$"):
-        return {key: unflatten(value, tensors) for key, value in plain.items()}
+        return {key: unflatten(value, tensors, partial) for key, value in plain.items()}
     value = plain[tag]
     match tag:
         case "$tensor":
-            return tensors[value]
+            return tensors.get(value) if partial else tensors[value]
         case "$float":
             return float(value)
         case "$int":
@@ -63,13 +80,13 @@ def unflatten(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
         case "$str":
             return bytes.fromhex(value).decode("utf-32-le", "surrogatepass")
         case "$tuple":
-            return tuple(unflatten(item, tensors) for item in value)
+            return tuple(unflatten(item, tensors, partial) for item in value)
         case "$dict":
-            return {unflatten(key, tensors): unflatten(item, tensors) for key, item in value}
+            return {unflatten(key, tensors): unflatten(item, tensors, partial) for key, item in value}
     raise ValueError(f"unknown tag {tag!r}")
 
 
-def _encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, path: tuple[str, ...], tensors: _Table) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -94,12 +111,14 @@ def _encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor])
 
 def _key(key: Any, path: tuple[str, ...]) -> Any:
     if key is None or isinstance(key, bool | int | float | str):
-        return _encode(key, path, {})
+        return _encode(key, path, _Table(False))
     raise _refused(path, f"has the key {key!r}", "None, bool, int, float or str as key")
 
 
-def _add(tensor: torch.Tensor, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> str:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+def _add(tensor: torch.Tensor, path: tuple[str, ...], tensors: _Table) -> str:
+    if type(tensor) is torch.nn.Parameter:
+        tensor = tensor.detach()
+    if type(tensor) not in tensors.types:
         raise _refused(path, f"is a {type(tensor).__name__}", "a plain tensor")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "a quantized" if tensor.is_quantized else "a meta" if tensor.is_meta else f"a {tensor.layout}"
@@ -109,7 +128,7 @@ def _add(tensor: torch.Tensor, path: tuple[str, ...], tensors: dict[str, torch.T
     while key in tensors:  # {"a.b": t} and {"a": {"b": t}} in one state
         number += 1
         key = f"{name}~{number}"
-    tensors[key] = tensor.detach().resolve_conj().resolve_neg()
+    tensors[key] = tensor.detach().resolve_conj().resolve_neg() if type(tensor) is torch.Tensor else tensor.detach()
     return key
 
 

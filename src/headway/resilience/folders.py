@@ -97,11 +97,17 @@ def prune(folder: Path, keep: int, latest: int, ignore: Collection[Path] = ()) -
     oldest = min(kept)
     for step, path in checkpoints(folder).items():
         if step not in kept and (path not in ignore or step < oldest):
-            # Renamed first: a removal that is cut short must not leave a checkpoint that looks damaged.
-            hidden = folder / f".{folder_name(step)}.removed-{os.getpid()}"
-            with contextlib.suppress(OSError):
-                path.rename(hidden)
-                shutil.rmtree(hidden)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, as far as the file system lets it."""
+    # Renamed first: a removal that is cut short must not leave a checkpoint that looks damaged.
+    parsed = _parse(path)
+    hidden = path.with_name(f".{folder_name(parsed[0] if parsed else 0)}.removed-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def clean(folder: Path) -> None:

@@ -104,14 +104,23 @@ def write_bytes(path: Path, data: bytes) -> HashedFile:
     return file
 
 
-def write_manifest(folder: Path, step: int, files: Iterable[HashedFile], versions: dict[str, str]) -> None:
+def write_manifest(
+    folder: Path,
+    step: int,
+    files: Iterable[HashedFile],
+    versions: dict[str, str],
+    others: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Write ``manifest.json``, which makes the checkpoint in ``folder`` complete; it must be the last file.
+
+    Args:
+        others: the lines of files that other processes wrote.
 
     Raises:
         OSError: it cannot be written.
     """
-    entries = {file.path.name: file.entry() for file in sorted(files, key=lambda file: file.path.name)}
-    content = {"format": FORMAT, "step": step, **versions, "files": entries}
+    entries = {file.path.name: file.entry() for file in files} | (others or {})
+    content = {"format": FORMAT, "step": step, **versions, "files": dict(sorted(entries.items()))}
     write_bytes(folder / MANIFEST, _render(content))
 
 

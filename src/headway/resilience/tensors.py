@@ -9,19 +9,29 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from headway.resilience.manifest import DamagedError, HashedFile, raise_errors
+from headway.core.errors import CheckpointError
+from headway.resilience.manifest import DamagedError, HashedFile, raise_errors, write_bytes
 
 METADATA = ".metadata"
 _FILE_BYTES = 32 << 20  # a table of several times this is split over files, which are hashed in parallel
@@ -52,7 +62,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         DamagedError: DCP cannot make sense of the files.
     """
-    try:
+    with _damage(folder):
         reader = _Reader(folder)
         index = reader.read_metadata().state_dict_metadata
         tensors = {
@@ -62,11 +72,94 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         }
         with _quiet():
             dcp.load(cast(Any, tensors), storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def fill_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Read ``tensors`` in place, each DTensor its own shards, however many processes wrote them.
+
+    Raises:
+        CheckpointError: the checkpoint holds another set of tensors, or other shapes.
+        DamagedError: DCP cannot make sense of the files.
+    """
+    with _damage(folder):
+        reader = _Reader(folder)
+        index = {
+            key: entry
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    if missing := tensors.keys() - index.keys():
+        raise CheckpointError(str(folder), f"does not hold {', '.join(sorted(missing)[:4])}")
+    for key, tensor in tensors.items():
+        if tensor.shape != index[key].size:
+            raise CheckpointError(str(folder), f"holds {key} in another shape: {tuple(index[key].size)}",
+                                  expected=str(tuple(tensor.shape)))  # fmt: skip
+    with _damage(folder), _quiet(), torch.no_grad():
+        dcp.load(cast(Any, tensors), storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """What DCP and pickle raise over files that are not what was written."""
+    try:
+        yield
     except (OSError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, AssertionError, EOFError,
             pickle.UnpicklingError) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(str(folder), f"cannot be read ({reason})") from error
-    return tensors
+
+
+@dataclass(frozen=True)
+class Item:
+    """One box of a tensor, and where its bytes are."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dtype: str
+    """Such as ``float32``."""
+    offsets: tuple[int, ...]
+    """Of the box in the whole tensor."""
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+    """Bytes of what ``torch.save`` makes of the box, from ``offset`` on."""
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Item:
+        """From its fields as JSON has them."""
+        fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+        return cls(*fields)
+
+
+def write_index(folder: Path, items: Iterable[Item]) -> HashedFile:
+    """Write ``.metadata``, from which DCP finds every box of every tensor.
+
+    Raises:
+        CheckpointError: the boxes of a tensor do not fill it, or differ in shape or dtype.
+        OSError: it cannot be written.
+    """
+    index: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for item in items:
+        size, offsets = torch.Size(item.shape), torch.Size(item.offsets)
+        place = MetadataIndex(item.key, offsets)
+        if place in places:
+            continue  # a copy of what another process holds
+        properties = TensorProperties(dtype=getattr(torch, item.dtype))
+        entry = index.setdefault(item.key, TensorStorageMetadata(properties, size, []))
+        if (entry.size, entry.properties.dtype) != (size, properties.dtype):
+            raise CheckpointError(item.key, "has another shape or dtype in another process")
+        places[place] = _StorageInfo(item.file, item.offset, item.length)
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
+    for key, entry in index.items():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise CheckpointError(key, "was not saved as a whole", hint="every process must save at the same step")
+    metadata = Metadata(dict(index), {key: (key,) for key in index}, places, StorageMeta(save_id=uuid.uuid4().hex),
+                        version=CURRENT_DCP_VERSION)  # fmt: skip
+    return write_bytes(folder / METADATA, pickle.dumps(metadata))
 
 
 class _Files(FileSystem):

@@ -17,9 +17,8 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("numel", [64, 100, 128, 257, 10_000])
-@pytest.mark.parametrize("whole", [False, True])
-def test_every_element_lies_in_exactly_one_place(numel: int, whole: bool) -> None:
-    layout = Subgroups(GROUPS, numel, whole)
+def test_every_element_lies_in_exactly_one_place(numel: int) -> None:
+    layout = Subgroups(GROUPS, numel)
     assert layout.numel == 300 + 7 + 500 + 9 == sum(s.numel for s in layout)
     flat = torch.full((layout.numel,), -1.0)
     for subgroup in layout:
@@ -46,12 +45,6 @@ def test_equal_within_a_cut_and_of_one_group(numel: int) -> None:
             assert piece.start % CUT == 0, "cut where a vector of a kernel would be torn"
     assert {piece.param for s in layout if s.group == 1 for piece in s.pieces} == {3}
     assert layout.largest <= numel
-
-
-def test_whole_never_cuts_a_parameter() -> None:
-    layout = Subgroups(GROUPS, 400, whole=True)
-    assert [[p.param for p in s.pieces] for s in layout] == [[0, 1], [2], [3]]
-    assert layout.largest == 500
 
 
 def test_too_small_and_empty() -> None:

@@ -63,13 +63,12 @@ class Subgroups:
         groups: the parameters of each group, in the order in which they are laid.
         numel: elements of a subgroup at most; the last one of a group may be short, and one ends up to 63 elements
             early where a parameter is cut.
-        whole: never cut a parameter; one that is larger than ``numel`` is a subgroup of its own.
 
     Raises:
         ValueError: ``numel`` is less than 64.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], numel: int, whole: bool = False) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], numel: int) -> None:
         if numel < CUT:
             raise ValueError(f"a subgroup of {numel} elements, expected {CUT} or more")
         self.params: list[Tensor] = [p for group in groups for p in group]
@@ -83,7 +82,7 @@ class Subgroups:
         for number, group in enumerate(groups):
             for param in group:
                 self.starts.append(self.numel + self._filled)
-                self._lay(number, index, param.numel(), numel, whole)
+                self._lay(number, index, param.numel(), numel)
                 index += 1
             self._close(number)
 
@@ -91,12 +90,12 @@ class Subgroups:
     def _filled(self) -> int:
         return self._pieces[-1].offset + self._pieces[-1].numel if self._pieces else 0
 
-    def _lay(self, group: int, index: int, size: int, numel: int, whole: bool) -> None:
+    def _lay(self, group: int, index: int, size: int, numel: int) -> None:
         done = 0
         while done < size:
             room, rest = numel - self._filled, size - done
-            take = rest if rest <= room or whole else room // CUT * CUT
-            if self._pieces and (take == 0 or (whole and rest > room)):
+            take = rest if rest <= room else room // CUT * CUT
+            if take == 0:
                 self._close(group)
                 continue
             self._pieces.append(Piece(index, done, done + take, self._filled))

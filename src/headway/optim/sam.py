@@ -59,9 +59,9 @@ class SAM(Method):
         return model
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Remember where the gradients are gathered: at the masters, where there are any."""
-        masters: dict[Tensor, Tensor] = getattr(optimizer, "masters", {})
-        self._gathered = [masters.get(p, p) for p in self._parameters]
+        """Remember where the gradients are gathered: where the optimizer says, or at the masters if there are any."""
+        gathered: dict[Tensor, Tensor] = getattr(optimizer, "gathered", None) or getattr(optimizer, "masters", {})
+        self._gathered = [gathered.get(p, p) for p in self._parameters]
         return optimizer
 
     def checkpointer(self, checkpointer: Checkpointer) -> Checkpointer:

@@ -49,6 +49,7 @@ class DeepOptimizerStates(Method):
         "the host's alone",
         costs="traffic of gradients and weights on the link, host memory, and the host's time for the update",
         before=("sam",),
+        refuses={"fuyou": "both decide where masters and moments live: in host memory here, on disk there"},
         deviations="a subgroup is staged as soon as a buffer is free instead of at a fixed place in the order; kept "
         "gradients are fp32, so that accumulation and clipping stay exact",
     )

@@ -1,6 +1,7 @@
 """Forks writers that save checkpoints and are killed, checks after each what the folder holds, prints one JSON line.
 
-A process of its own, so that torch is imported once and forked from a single thread. Arguments: a folder, a scenario.
+A process of its own, so that torch is imported once and forked from a single thread. Arguments: a folder, a scenario,
+how to save: plain or lazy.
 """
 
 import json
@@ -16,16 +17,28 @@ from pathlib import Path
 import torch
 
 from headway.core.fallback import FallbackLog, use_log
+from headway.resilience import pipeline
 from headway.resilience.checkpoint import PlainCheckpointer
+from headway.resilience.lazy import LazyCheckpointer
 from tests.resilience.states import same
+
+LAZY = sys.argv[3:] == ["lazy"]
 
 
 def state_of(step):
     generator = torch.Generator().manual_seed(step)
-    return {"w": torch.randn(50, generator=generator), "m": [torch.randn(3, generator=generator).half()], "step": step}
+    size = 50_000 if LAZY else 50  # in several pieces, through the ring
+    return {
+        "w": torch.randn(size, generator=generator),
+        "m": [torch.randn(3, generator=generator).half()],
+        "step": step,
+    }
 
 
 def checkpointer(folder, keep=2):
+    if LAZY:
+        pipeline.TINY_STATE, pipeline.CHUNK = 0, 64 << 10
+        return LazyCheckpointer(LazyCheckpointer.Options(keep=keep, host_cache=128 << 10), folder)
     return PlainCheckpointer(PlainCheckpointer.Options(keep=keep), folder)
 
 
@@ -76,7 +89,10 @@ def random_moments(folder, least=25, seconds=60):
             report(start)
             for number in range(start + 1, start + 1000):
                 saver.save(number, state_of(number))
-                report(number)
+                saver.fence()
+                if not LAZY or number % 3 == 0:  # a lazy one counts once it was waited for
+                    saver.wait()
+                    report(number)
 
         child, pipe = spawn(work)
         pipe.readline()  # it is under way, however slow the machine is now
@@ -84,7 +100,7 @@ def random_moments(folder, least=25, seconds=60):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         saved = max(step, reported(pipe))
-        hit, step = check(folder, saved, range(step, saved + 2))
+        hit, step = check(folder, saved, range(step, saved + (6 if LAZY else 2)))
         kills, in_the_middle = kills + 1, in_the_middle + hit
     return {"kills": kills, "in_the_middle": in_the_middle, "steps": step}
 
@@ -110,7 +126,9 @@ def every_operation(folder, again=False):
         for path in folder.glob("*") if folder.exists() else ():
             raise AssertionError(f"{path} should be gone")
         for number in (1, 2):
-            checkpointer(folder).save(number, state_of(number))
+            saver = checkpointer(folder)
+            saver.save(number, state_of(number))
+            saver.close()
 
         def work(report, last=kills):
             saver = checkpointer(folder)
@@ -128,6 +146,7 @@ def every_operation(folder, again=False):
 
             sys.addaudithook(watch)
             saver.save(2 if again else 3, state_of(2 if again else 3))
+            saver.wait()
             report(3)
 
         child, pipe = spawn(work)
@@ -151,7 +170,9 @@ if __name__ == "__main__":
     with (
         tempfile.TemporaryDirectory() as scratch
     ):  # the first save of a process imports a lot: once, not in every child
-        checkpointer(Path(scratch)).save(0, state_of(0))
+        first = checkpointer(Path(scratch))
+        first.save(0, state_of(0))
+        first.close()  # its threads too: a process is forked from one thread
     print(
         json.dumps({"random": random_moments, "new": every_operation, "again": again}[sys.argv[2]](Path(sys.argv[1])))
     )

@@ -7,6 +7,8 @@ from collections import deque
 from statistics import median
 
 _PROFILE, _SKIP = 8, 2
+_JUDGED = 3
+_PATIENCE = 20
 
 
 def interval_for(cost: float, step: float, overhead: float) -> int:
@@ -27,21 +29,28 @@ def interval_for(cost: float, step: float, overhead: float) -> int:
     return next(decade * factor for factor in (1, 2, 5, 10) if decade * factor >= needed)
 
 
+def _below(every: int) -> int:
+    """The next smaller of 1, 2, 5, 10, 20 ..."""
+    return max(1, every // 2 if str(every)[0] != "5" else every * 2 // 5)
+
+
 class Interval:
     """Chooses the interval from the times of steps with and without a checkpoint under way.
 
-    The first steps are watched without saving. After that every checkpoint's cost is what the steps it touched took
-    longer than the median of quiet ones, medians again, so that evaluations in between do not count.
+    The first steps are watched without saving. After that a checkpoint's cost is what the steps that it touched took
+    longer than the median of quiet ones, and the median over checkpoints, so that evaluations do not count. Too dear,
+    the interval grows at once to what the formula says; cheap, it shrinks by one notch at a time and for a while not to
+    what has been too dear, since saving more often makes a checkpoint dearer where the disk does not keep up.
     """
 
     def __init__(self, overhead: float) -> None:
         self.overhead = overhead
         self._quiet: deque[float] = deque(maxlen=50)
-        self._busy: deque[float] = deque(maxlen=50)
-        self._touched: deque[int] = deque(maxlen=8)
+        self._costs: deque[float] = deque(maxlen=8)
         self._count = -_SKIP
-        self._current = 0
+        self._touched: list[float] = []
         self._steps: int | None = None
+        self._floor, self._patience = 1, 0
 
     @property
     def every(self) -> int | None:
@@ -50,31 +59,35 @@ class Interval:
             self._steps = 10
         return self._steps
 
+    @property
+    def cost(self) -> float:
+        """Seconds that one checkpoint adds at the present interval; 0 before one has been measured."""
+        return max(0.0, median(self._costs)) if self._costs else 0.0
+
     def step(self, seconds: float, busy: bool) -> None:
         """A step took ``seconds``; ``busy``: a checkpoint was being made meanwhile."""
         self._count += 1
         if self._count <= 0:
             return
-        (self._busy if busy else self._quiet).append(seconds)
-        self._current += busy
+        (self._touched if busy else self._quiet).append(seconds)
 
     def saved(self) -> None:
         """A checkpoint begins: judge those before it."""
-        if self._current:
-            self._touched.append(self._current)
-            self._current = 0
-        if not self._touched or not self._quiet:
+        if self._touched and self._quiet:
+            self._costs.append(sum(self._touched) - median(self._quiet) * len(self._touched))
+        self._touched = []
+        self._patience -= 1
+        if self._patience == 0:
+            self._floor = 1
+        if self._steps is None or len(self._costs) < _JUDGED:
             return
-        quiet = median(self._quiet)
-        cost = max(0.0, median(self._busy) - quiet) * median(self._touched)
-        wanted = interval_for(cost, quiet, self.overhead)
-        # Down only when there is much to gain: an interval that swings to and fro serves nobody.
-        if self._steps is None or wanted > self._steps or wanted * 2 < self._steps:
-            self._steps = wanted
+        wanted = interval_for(self.cost, median(self._quiet), self.overhead)
+        if wanted > self._steps:
+            self._floor, self._patience = interval_for(self._steps + 1, 1, 1), _PATIENCE
+            self._change(wanted)
+        elif wanted < self._steps and (lower := _below(self._steps)) >= max(wanted, self._floor):
+            self._change(lower)
 
-    @property
-    def cost(self) -> float:
-        """Seconds that one checkpoint adds, as measured; 0 before the second."""
-        if not self._touched or not self._quiet:
-            return 0.0
-        return max(0.0, median(self._busy) - median(self._quiet)) * median(self._touched)
+    def _change(self, steps: int) -> None:
+        self._steps = steps
+        self._costs.clear()

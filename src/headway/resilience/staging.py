@@ -193,7 +193,7 @@ def cut(source: Source, limit: int) -> Iterator[Piece]:
 
 def boxes(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Offsets and sizes of boxes of at most ``limit`` bytes that tile ``shape``, in the order of memory."""
-    if math.prod(shape) * itemsize <= limit:
+    if math.prod(shape) * itemsize <= max(limit, itemsize):
         yield (0,) * len(shape), shape
         return
     rows = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]  # bytes of one index of each dimension

@@ -34,11 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "token-accumulation": {"options": {"targets": 200}},
     "one-epoch": {"model": {"dropout": 0.1}},
     "ssdtrain": {"options": {"min_bytes": 1}},
+    "memo": {"options": {"alpha": 0.5}, "model": {"layers": 4}},
     "fuyou": {"train": {"clip": None}},
 }
 # A recipe in which the method has nothing to act on; it must be refused, or stop for having changed nothing.
 NOTHING: dict[str, dict[str, Any]] = {
     "length-warmup": {"options": {"first": 32}},
+    "memo": {"model": {"layers": 2}},  # the last two are never swapped
 }
 
 

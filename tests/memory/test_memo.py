@@ -624,6 +624,16 @@ def test_the_report_is_kept_with_the_run(tmp_path: Path) -> None:
     assert report["swapped_bytes"] > 0 and report["write_rate"] < 110 * 2**20
 
 
+def test_the_memory_plan_is_reported(tmp_path: Path) -> None:
+    recipe = tiny_recipe(methods={"memo": {"alpha": 0.5, "memory_plan": True}}, model={"layers": 4}, train={"steps": 4})
+    train(recipe, run=tmp_path / "run")
+    plan = Run(tmp_path / "run").summary["reports"]["memo"]["memory_plan"]
+    assert plan["allocations"] > 100 and plan["lower_bound"] <= plan["planned"] <= 1.1 * plan["lower_bound"]
+    trainer = build_trainer(Recipe.load(recipe))
+    plain = build_trainer(Recipe.load(recipe).override("methods.memo.memory_plan=false"))
+    assert [trainer.train_step()["loss"] for _ in range(4)] == [plain.train_step()["loss"] for _ in range(4)]
+
+
 def test_refusals() -> None:
     def refused(match: str, **sections: Any) -> None:
         with pytest.raises(MethodError, match=match):

@@ -6,17 +6,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from headway.core.errors import MethodError
-from headway.core.method import Card, Method
+from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 from headway.core.recipe import Recipe
 from headway.core.units import Bytes
 from headway.memory.backends import Backend, FileBackend, HostBackend
 from headway.memory.lanes import LaneName, Lanes
+from headway.memory.memo.plan_report import report_of
 from headway.memory.memo.runtime import Memo
+from headway.memory.memo.trace import Allocation, record_trace
 from headway.models.structure import structure
 
 
@@ -36,6 +39,8 @@ class MemoOptions(Options):
     """Folder for the files, on a fast local drive; default: the system's temporary folder."""
     rate: Bytes | None = Field(None, ge=1)
     """Bytes per second that each direction of the link pretends to be limited to, to try out a slower one."""
+    memory_plan: bool = False
+    """Trace the allocations of a micro-batch and report what fragmentation costs and planned addresses would need."""
     verify: bool = False
     """Check a checksum of all that comes back, from the moment it left: for debugging. Files have one anyway."""
 
@@ -67,6 +72,7 @@ class MemoMethod(Method):
     def __init__(self, options: Any, recipe: Recipe) -> None:
         super().__init__(options, recipe)
         self.memo: Memo | None = None
+        self.trace: list[Allocation] | None = None
 
     def check(self, recipe: Recipe) -> None:
         """Compiled blocks cannot be taken apart.
@@ -108,9 +114,31 @@ class MemoMethod(Method):
         self.changed("blocks swapped", self.memo.swapped, f"{share}, to {o.backend}; the last {o.buffers} stay")
         return model
 
+    def forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
+        """Trace one micro-batch, where that is asked for."""
+        if self.memo is None or not self.options.memory_plan:
+            return forward_backward
+        memo = self.memo
+
+        def traced(micro: dict[str, Tensor], targets: int) -> Tensor:
+            # The first steps allocate what stays, and are metered by the trainer.
+            if self.trace is not None or memo.counts.passes < 2 or torch.autograd._profiler_enabled():
+                return forward_backward(micro, targets)
+            losses: list[Tensor] = []
+            device = next(iter(memo.blocks.parameters())).device
+            self.trace = record_trace(
+                lambda: losses.append(forward_backward(micro, targets)), list(memo.blocks), device
+            )
+            return losses[0]
+
+        return traced
+
     def report(self) -> dict[str, Any]:
-        """What was swapped, recomputed and waited for, and the plan."""
-        return self.memo.report() if self.memo is not None else {}
+        """What was swapped, recomputed and waited for, and the plans."""
+        if self.memo is None:
+            return {}
+        plan = {"memory_plan": report_of(self.trace)} if self.trace is not None else {}
+        return self.memo.report() | plan
 
     def state_dict(self) -> dict[str, Any]:
         """The plans."""

@@ -109,6 +109,12 @@ class Layout:
         """The region that holds the working weights: the masters themselves in fp32."""
         return WEIGHTS if self.weights is not None else STATES[0]
 
+    @classmethod
+    def of(cls, group: Group, weights_on_disk: bool) -> Layout:
+        """The layout of a group's file; working weights in fp32 are the masters themselves."""
+        dtype = group.params[0].dtype
+        return cls([p.shape for p in group.params], dtype if weights_on_disk and dtype != torch.float32 else None)
+
     def views(self, whole: Tensor, region: str, first: int | None = None) -> list[Tensor]:
         """The parameters' views of ``region``.
 

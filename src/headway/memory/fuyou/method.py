@@ -24,7 +24,7 @@ from headway.core.workload import StepBatch
 from headway.memory.backends import FileBackend
 from headway.memory.fuyou.activations import Activations
 from headway.memory.fuyou.files import GroupFiles
-from headway.memory.fuyou.groups import block_groups
+from headway.memory.fuyou.groups import Layout, block_groups
 from headway.memory.fuyou.optimizer import TieredOptimizer
 from headway.memory.fuyou.plan import Profile, Tiers, break_even, step_times
 from headway.memory.fuyou.weights import WeightsOnDisk
@@ -161,7 +161,8 @@ class Fuyou(Method):
         """Move states, masters and weights to disk."""
         o, groups = self.options, block_groups(self._model)
         in_blocks = frozenset(i for i, group in enumerate(groups) if group.block is not None)
-        buffers = self._affordable(groups)
+        on_disk = in_blocks if o.params == "disk" else frozenset()
+        buffers = self._affordable(max(Layout.of(group, i in on_disk).nbytes for i, group in enumerate(groups)))
         self.tiered = TieredOptimizer(
             optimizer,
             groups,
@@ -169,7 +170,7 @@ class Fuyou(Method):
             lanes=self.lanes,
             buffers=buffers,
             delay=o.writeback_delay,
-            weights_on_disk=in_blocks if o.params == "disk" else frozenset(),
+            weights_on_disk=on_disk,
             where=self.where,
         )
         when = "during the backward pass" if self.overlaps else "after the backward pass"
@@ -182,8 +183,8 @@ class Fuyou(Method):
         self._foretell()
         return self.tiered  # type: ignore[return-value]
 
-    def _affordable(self, groups: Any) -> int:
-        """How many buffers there may be.
+    def _affordable(self, largest: int) -> int:
+        """How many buffers of ``largest`` bytes there may be.
 
         Raises:
             MethodError: fewer than are needed.
@@ -191,7 +192,6 @@ class Fuyou(Method):
         o = self.options
         if o.host is None:
             return o.buffers
-        largest = max(sum(16 * p.numel() for p in group.params) for group in groups)
         least = (o.writeback_delay + 1) * largest
         if o.host < least:
             raise MethodError(f"{self.where}.host", f"is {human(o.host, 'B')}", expected=f"at least {human(least, 'B')}"

@@ -75,7 +75,7 @@ class Pipeline:
         self.groups, self.options, self.masters, self.files, self.lanes = list(groups), options, masters, files, lanes
         self.delay, self.on_disk, self.max_buffers = delay, on_disk, buffers
         self.compute = Lane("compute")
-        self.layouts = [self._layout(i, group) for i, group in enumerate(self.groups)]
+        self.layouts = [Layout.of(group, i in on_disk) for i, group in enumerate(self.groups)]
         self.buffer_bytes = max(layout.nbytes for layout in self.layouts)
         self.state_bytes = sum(layout.nbytes for layout in self.layouts)
         self.files.require(2 * self.state_bytes, "two generations of the optimizer's states")
@@ -99,11 +99,6 @@ class Pipeline:
         self._order = list(range(len(self.groups)))  # in which gradients became complete
         self._trash: deque[Any] = deque()  # what lanes are done with, for the caller's thread to free
         self._failure: BaseException | None = None
-
-    def _layout(self, index: int, group: Group) -> Layout:
-        dtype = group.params[0].dtype
-        beside = index in self.on_disk and dtype != torch.float32
-        return Layout([p.shape for p in group.params], dtype if beside else None)
 
     def _master(self, p: Tensor) -> Tensor:
         return self.masters.get(p, p)

@@ -37,7 +37,7 @@ def pages() -> dict[Path, str]:
 
 
 def _recipe_tables() -> str:
-    checkpoint = registry.find("checkpointers", "plain", "checkpoint").Options
+    checkpoint = registry.find("checkpointers", "lazy", "checkpoint").Options
     parts: list[tuple[str, type[BaseModel]]] = [("Top level", Recipe), ("train", TrainOptions)]
     parts += [(f"model, family {name}", options) for name, options in FAMILIES.items()]
     parts += [("data", DataOptions), ("optimizer", OptimizerOptions), ("schedule", ScheduleOptions)]

@@ -134,7 +134,7 @@ class Recipe(Options):
             "data": workload.data_options(section["data"]),
             "optimizer": _options("optimizers", section["optimizer"].get("name", "adamw"), "optimizer.name"),
             "schedule": _options("schedules", section["schedule"].get("name", "cosine"), "schedule.name"),
-            "checkpoint": _options("checkpointers", section["checkpoint"].get("mode", "plain"), "checkpoint.mode"),
+            "checkpoint": _options("checkpointers", section["checkpoint"].get("mode", "lazy"), "checkpoint.mode"),
         }
         for key, kind in kinds.items():
             resolved[key] = parse_options(kind, section[key], key)
@@ -180,7 +180,7 @@ class Recipe(Options):
         fields["data"] = (workload.data_options({}), fields["data"][1])
         fields["optimizer"] = (registry.find("optimizers", "adamw", "optimizer").Options, fields["optimizer"][1])
         fields["schedule"] = (registry.find("schedules", "cosine", "schedule").Options, fields["schedule"][1])
-        fields["checkpoint"] = (registry.find("checkpointers", "plain", "checkpoint").Options, fields["checkpoint"][1])
+        fields["checkpoint"] = (registry.find("checkpointers", "lazy", "checkpoint").Options, fields["checkpoint"][1])
         methods = {
             name.replace("-", "_"): (registry.find("methods", name, "methods").Options | None, Field(None, alias=name))
             for name in registry.names("methods")

@@ -21,7 +21,7 @@ from headway.core.trainer import Trainer
 
 # Keys that may differ between the recipe of a run directory and the one it is resumed with: they do not touch the
 # mathematics.
-RESUMABLE = ("name", "log", "eval", "strict")
+RESUMABLE = ("name", "log", "eval", "checkpoint", "strict")
 
 
 def train(

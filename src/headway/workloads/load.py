@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,9 @@ def import_hf(folder: str | Path, run: str | Path) -> Run:
         "data": {"tokenizer": str(target / "tokenizer.json"), "sequence": min(512, config.get("context") or 512)},
     })  # fmt: skip
     tokenizer.save(target)
-    _checkpointer(recipe, target).save(0, {"model": model_state(model, None)})  # type: ignore[arg-type]
+    with closing(_checkpointer(recipe, target)) as checkpointer:
+        checkpointer.save(0, {"model": model_state(model, None)})  # type: ignore[arg-type]
+        checkpointer.wait()
     recipe.save(target / "recipe.yaml")  # last: a directory without it is no run
     return Run(target)
 

@@ -48,6 +48,7 @@ TABLE: dict[str, dict[str, str]] = {
         "memory-plan": "headway.plan.memory.planner:read_plan",
     },
     "experiments": {
+        "deep-optimizer-states": "headway.experiments.deep_optimizer_states:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",
         "streambp": "headway.experiments.streambp:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",

@@ -1,4 +1,4 @@
-"""`headway plan`: how big a model and how many tokens, for the recipe's data and a budget."""
+"""`headway plan`: how big a model and how many tokens for a budget, or how to train within so much memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from headway.cli.output import JsonFlag, Overrides, note, print_json
 from headway.core.errors import HeadwayError
 
 if TYPE_CHECKING:
+    from headway.core.recipe import Recipe
     from headway.plan.one_epoch import OneEpochPlan
 
 
@@ -24,19 +25,27 @@ def plan(
     budget_time: Annotated[
         str | None, typer.Option("--time", metavar="TIME", help="Budget in training time here, such as 30min.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Budget in bytes of live tensors, such as 6GiB.")
+    ] = None,
     ratio: Annotated[
         float, typer.Option(help="Tokens per parameter that is no embedding; see the one-epoch card.")
     ] = 20.0,
     json: JsonFlag = False,
 ) -> None:
-    """Say how big a model and how many steps spend a budget in one pass over the recipe's data.
+    """Say how big a model and how many steps spend a budget in one pass over the recipe's data; or, with --memory, how
+    to train the recipe within so many bytes.
 
-    Nothing is trained but, for a budget in time, a few steps to know this machine's rate.
+    Nothing is trained but, for a budget in time or memory, a few steps to know what this machine does.
     """
     from headway.core.recipe import Recipe
     from headway.core.units import count, seconds
     from headway.plan.budget import plan_recipe
 
+    if memory is not None:
+        if budget_flops is not None or budget_time is not None:
+            raise HeadwayError("--memory", "is a plan of its own", hint="ask for one budget at a time")
+        return _plan_memory(Recipe.load(recipe, [*(overrides or ()), f"memory.budget={memory}"]), json)
     note("reading the data" + (" and timing some steps" if budget_time else ""))
     found = plan_recipe(
         Recipe.load(recipe, overrides or ()),
@@ -45,6 +54,21 @@ def plan(
         ratio=ratio,
     )
     print_json(_plain(found)) if json else print(_text(found))
+
+
+def _plan_memory(recipe: Recipe, json: bool) -> None:
+    from headway.plan.memory.planner import plan_memory
+
+    found = plan_memory(recipe, note)
+    if json:
+        return print_json(found.to_dict())
+    switches = "".join(f" methods.{name}={_inline(options)}" for name, options in found.chosen.methods.items())
+    print(f"{found.explain()}\nto train it: headway train RECIPE memory.budget={recipe.memory.budget}, or, the same by "
+          f"hand: headway train RECIPE train.micro_batch={found.chosen.micro_batch}{switches}")  # fmt: skip
+
+
+def _inline(options: dict[str, Any]) -> str:
+    return "'{" + ", ".join(f"{key}: {value}" for key, value in options.items()) + "}'"
 
 
 def _number(option: str, text: str | None, parse: Any) -> float | None:

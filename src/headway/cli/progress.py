@@ -32,6 +32,10 @@ class ProgressLines(Observer):
         """Print one line."""
         print(line, file=sys.stderr, flush=True)
 
+    def on_note(self, text: str) -> None:
+        """As it comes."""
+        self.say(text)
+
     def on_start(self, trainer: Trainer) -> None:
         """Say what is trained, where, what is to know about the data, and what each method changed."""
         self.began_at, self.began_with = time.perf_counter(), trainer.progress

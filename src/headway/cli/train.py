@@ -112,11 +112,17 @@ def _utilization(share: float) -> str:
     return f"{percent(share)} of the matrix-product peak"
 
 
+def _predicted(result: dict[str, Any]) -> str:
+    if (memory := result.get("memory")) is None:
+        return ""
+    return f" (predicted {human(memory['predicted_bytes'], 'B')}, budget {human(memory['budget'], 'B')})"
+
+
 def _print(result: dict[str, Any]) -> None:
     rows: list[tuple[str, Any]] = [
         ("tokens", f"{human(result['tokens'])} in {result['steps']} steps, {human_seconds(result['wall_seconds'])}"),
         ("rate", f"{human(result['tokens_per_second'])} tokens/s, {_utilization(result['model_flops_utilization'])}"),
-        ("memory", f"{human(result['peak_memory_bytes'], 'B')} of tensors, "
+        ("memory", f"{human(result['peak_memory_bytes'], 'B')} of tensors{_predicted(result)}, "
                    f"{human(result['process_peak_bytes'], 'B')} of the process"),
         ("validation loss", f"{result['eval_loss']:.4f}"),
     ]  # fmt: skip

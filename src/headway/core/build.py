@@ -10,6 +10,7 @@ import torch
 
 from headway.core import registry
 from headway.core.allocator import keep_freed_memory
+from headway.core.budget import plan_for
 from headway.core.checkpointer import NoCheckpoints
 from headway.core.clip import clip_
 from headway.core.errors import RecipeError
@@ -32,6 +33,8 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     Raises:
         HeadwayError: the recipe cannot be run, a method is refused or changed nothing.
     """
+    if (plan := plan_for(recipe)) is not None:
+        recipe = plan.apply(recipe)
     if not (recipe.train.steps or recipe.train.tokens or recipe.train.time):
         raise RecipeError("train", "has no end", hint="give train.steps, train.tokens or train.time")
     use_log(FallbackLog(recipe.strict))

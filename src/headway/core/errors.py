@@ -96,3 +96,10 @@ def require(module: str, extra: str, what: str) -> Any:
         raise HeadwayError(
             what, f"needs the package {module.split('.')[0]!r}", hint=f"`pip install 'headway[{extra}]'`"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system, or torch on whatever device, ran out of memory."""
+    said = str(error).lower()
+    words = ("not enough memory", "out of memory", "cannot allocate memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in said for word in words)

@@ -23,6 +23,9 @@ Record = dict[str, Any]
 class Observer:
     """Watches a training; override what interests you. An observer never changes the run."""
 
+    def on_note(self, text: str) -> None:
+        """Something that a person should know, before training begins."""
+
     def on_start(self, trainer: Trainer) -> None:
         """Training is about to begin or to go on."""
 

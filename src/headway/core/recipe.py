@@ -18,10 +18,10 @@ from headway.core import registry
 from headway.core.errors import RecipeError, nearest
 from headway.core.files import write_text
 from headway.core.options import Options, parse_options
-from headway.core.units import Count, Seconds
+from headway.core.units import Bytes, Count, Seconds
 from headway.core.workload import Workload
 
-__all__ = ["EvalOptions", "LogOptions", "Options", "Recipe", "TrainOptions", "parse_override"]
+__all__ = ["EvalOptions", "LogOptions", "MemoryOptions", "Options", "Recipe", "TrainOptions", "parse_override"]
 
 
 class TrainOptions(Options):
@@ -71,6 +71,16 @@ class LogOptions(Options):
     """Also send metrics to these; each needs its extra."""
 
 
+class MemoryOptions(Options):
+    """How much memory there is, and where else data may go."""
+
+    budget: Bytes | None = Field(None, ge=1)
+    """Most bytes of live tensors in a training step, such as `6GiB`: before the first step the fastest way to stay
+    below is found and switched on. `headway plan RECIPE --memory 6GiB` shows what was considered."""
+    disk: str | None = None
+    """Folder on a fast drive for what is moved out of memory; default: the system's temporary folder."""
+
+
 class Recipe(Options):
     """One run, fully determined. Load it with `Recipe.load`."""
 
@@ -96,6 +106,8 @@ class Recipe(Options):
     """What is written down while training."""
     checkpoint: SerializeAsAny[Options]
     """When and how the run is saved, by `checkpoint.mode`."""
+    memory: MemoryOptions = Field(default_factory=MemoryOptions)
+    """How much memory there is."""
     methods: dict[str, SerializeAsAny[Options]] = Field(default_factory=dict)
     """The switched-on methods: `{name: {option: value}}`; an empty mapping takes the method's defaults."""
     strict: bool = False

@@ -48,7 +48,9 @@ TABLE: dict[str, dict[str, str]] = {
         "memory-plan": "headway.plan.memory.planner:read_plan",
     },
     "experiments": {
+        "fuyou": "headway.experiments.fuyou:experiment",
         "deep-optimizer-states": "headway.experiments.deep_optimizer_states:experiment",
+        "memo": "headway.experiments.memo:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",
         "streambp": "headway.experiments.streambp:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",

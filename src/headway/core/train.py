@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from headway.core import meters
+from headway.core.budget import FILE as PLAN_FILE
+from headway.core.budget import plan_for
 from headway.core.build import DTYPES, build_trainer
-from headway.core.errors import CheckpointError, HeadwayError, RecipeError, shown
+from headway.core.errors import CheckpointError, HeadwayError, RecipeError, is_out_of_memory, shown
 from headway.core.fallback import entries
 from headway.core.files import write_json
 from headway.core.metrics import MetricsFile, MLflow, Observer, Record, TensorBoard, WandB, read_metrics
@@ -55,7 +57,10 @@ def train(
 
     started = time.perf_counter()
     with ExitStack() as stack:
-        trainer = build_trainer(recipe, path / "checkpoints", observers)
+        plan = plan_for(recipe, None if fresh else path, lambda text: _note(observers, text))
+        if plan is not None:
+            _note(observers, plan.explain())
+        trainer = build_trainer(plan.apply(recipe) if plan else recipe, path / "checkpoints", observers)
         stack.enter_context(locked(path))
         if fresh:
             _clear(path)
@@ -72,14 +77,36 @@ def train(
         for observer in own:
             stack.callback(observer.close)
         recipe.save(path / "recipe.yaml")
+        if plan is not None:
+            write_json(path / PLAN_FILE, plan.to_dict())
         trainer.workload.save_extras(path)
         trainer.observers = [*own, *observers]
-        trainer.fit()
+        try:
+            trainer.fit()
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(trainer, error) from error
+            raise
         summary = summarize(trainer, path, time.perf_counter() - started)
+        if plan is not None:
+            summary["memory"] = {"budget": plan.budget, "predicted_bytes": plan.predicted_bytes}
         write_json(path / "summary.json", summary)
         for observer in trainer.observers:
             observer.on_end(trainer, summary)
     return Run(path)
+
+
+def _out_of_memory(trainer: Trainer, error: BaseException) -> HeadwayError:
+    said = str(error).strip().splitlines()
+    reason = said[0] if said else "memory ran out"
+    planned = trainer.recipe.memory.budget is not None
+    hint = "lower memory.budget" if planned else "memory.budget=SIZE finds the fastest way to train within SIZE"
+    return HeadwayError(f"step {trainer.step + 1}", f"does not fit in memory ({reason})", hint=hint)
+
+
+def _note(observers: Sequence[Observer], text: str) -> None:
+    for observer in observers:
+        observer.on_note(text)
 
 
 def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:

@@ -159,7 +159,7 @@ class FileBackend:
             self.close()
             raise HeadwayError(str(root), f"cannot hold offloaded tensors ({error.strerror})") from error
         kind = filesystem(root)
-        if kind in _IN_MEMORY:
+        if kind in IN_MEMORY:
             fallback("files in memory for offloaded tensors", f"{root} is {kind}, which is no disk",
                      "host memory for all that is offloaded")  # fmt: skip
         elif kind in _NETWORK:
@@ -304,7 +304,8 @@ def filesystem(path: Path) -> str:
     return kind
 
 
-_IN_MEMORY = ("tmpfs", "ramfs")
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems that take memory for what is written to them."""
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "fuse.sshfs", "virtiofs")
 
 

@@ -1,0 +1,93 @@
+"""Probes in processes of their own: nothing stays behind in the run's, and what runs out of memory may be killed.
+
+    python -m headway.plan.memory.worker
+
+imports everything once and then forks for each recipe that comes in on standard input, a JSON document a line; the
+answer goes to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from headway.core.errors import HeadwayError
+from headway.core.recipe import Recipe
+from headway.plan.memory.probe import Footprint, measure
+
+
+class Prober:
+    """Measures recipes, each in a process that ends with it; a context manager."""
+
+    def __enter__(self) -> Prober:
+        command = [sys.executable, "-m", "headway.plan.memory.worker"]
+        self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._worker.stdin is not None and self._worker.stdout is not None
+        self._worker.kill()
+        self._worker.wait()
+        self._worker.stdin.close()
+        self._worker.stdout.close()
+
+    def measure(self, recipe: Recipe) -> Footprint:
+        """As `probe.measure`.
+
+        Raises:
+            MemoryError: it ran out of memory, or was killed.
+            HeadwayError: as raised in the process, or the process cannot go on.
+        """
+        assert self._worker.stdin is not None and self._worker.stdout is not None
+        try:
+            print(json.dumps(recipe.to_dict()), file=self._worker.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(self._worker.stdout.readline())
+        except (OSError, ValueError) as error:
+            raise HeadwayError("memory.budget", f"the process that tries switches out has died ({error})",
+                               hint="choose the methods by hand: `headway methods`") from error  # fmt: skip
+        if "footprint" in answer:
+            return Footprint(**answer["footprint"])
+        if "memory" in answer:
+            raise MemoryError(answer["memory"])
+        raise HeadwayError(answer["where"], answer["error"])
+
+
+def serve() -> None:
+    """Answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    for line in sys.stdin:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            with os.fdopen(write, "w") as pipe:
+                json.dump(_answer(line), pipe)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if status or not answer:
+            how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
+            answer = json.dumps({"memory": f"the process was ended by {how}"})
+        print(answer, file=answers, flush=True)
+
+
+def _answer(line: str) -> dict[str, Any]:
+    try:
+        return {"footprint": asdict(measure(Recipe.load(json.loads(line))))}
+    except MemoryError as error:
+        return {"memory": str(error)}
+    except HeadwayError as error:
+        return {"where": error.where, "error": str(error).removeprefix(f"{error.where}: ")}
+    except Exception as error:
+        return {"where": "memory.budget", "error": f"a trial failed: {type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    serve()

@@ -281,8 +281,10 @@ class Fuyou(Method):
         flops = before.forward_flops * share
         read, write = (self.lanes[name].report.rate or math.inf for name in DISK)
         reached = flops / self.activations.forward_seconds if self.activations.forward_seconds else tiers.flops
-        profile = self.activations.profile(before.parameters * share, flops, weight_bytes=before.weight_bytes,
-                                           state_written=before.state_written)  # fmt: skip
+        # States move once in a step, weights in every micro-batch.
+        profile = self.activations.profile(before.parameters, flops, weight_bytes=before.weight_bytes,
+                                           state_read=before.state_read * share,
+                                           state_written=before.state_written * share)  # fmt: skip
         self.activations.decide(profile, Tiers(reached, math.inf, math.inf, read, write))
 
     def gradients(self, gradients: Gradients) -> Gradients:

@@ -355,6 +355,13 @@ class Pipeline:
         self._wait(lambda: not self._writing and not self._delayed)
         self._commit()
 
+    def drain(self) -> None:
+        """Wait until the newest step is complete on disk."""
+        with self._lock:
+            self.check()
+            if self._finished:
+                self._drain()
+
     def check(self) -> None:
         """Stop where a lane's worker has failed.
 

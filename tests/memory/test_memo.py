@@ -223,6 +223,8 @@ def test_autocast_is_as_it_was_in_the_forward_pass() -> None:
         assert_same(run(), plain, 1e-2)
     with memo_activations(model.blocks, 1.0):
         assert_same(run(), plain, 0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            model.hidden(data["tokens"]).sum().backward()  # saves otherwise, at the same shape
 
 
 def transformers_model(family: str, **changes: Any) -> Any:
@@ -269,6 +271,10 @@ def test_what_cannot_be_taken_apart_is_refused_and_nothing_is_replaced() -> None
     assert not any(isinstance(block, Shell) for block in blocks)
     with pytest.raises(MethodError, match="dropout of a LlamaDecoderLayer"):
         Memo(structure(transformers_model("Llama", attention_dropout=0.1)).blocks)
+    model = transformers_model("Llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(MethodError, match="recomputes itself already"):
+        Memo(structure(model).blocks)
 
 
 def test_a_block_that_mixes_tokens_outside_of_attention_is_found_out() -> None:

@@ -37,6 +37,10 @@ class Span:
 class Parts(Protocol):
     """One block, in three parts."""
 
+    @property
+    def module(self) -> nn.Module:
+        """The block."""
+
     def project(self, x: Tensor, span: Span, shared: Shared) -> QKV:
         """Queries [B, H, t, hd], keys and values [B, Hkv, t, hd] of the stretch, from the block's input [B, t, D]."""
 
@@ -54,7 +58,7 @@ class LlamaParts:
     """A block of `headway.models.llama`."""
 
     def __init__(self, block: llama.Block) -> None:
-        self.block = block
+        self.module = self.block = block
 
     def project(self, x: Tensor, span: Span, shared: Shared) -> QKV:
         """See `Parts`."""
@@ -87,7 +91,7 @@ class GPT2Parts:
     """A block of `headway.models.gpt2`."""
 
     def __init__(self, block: gpt2.Block) -> None:
-        self.block = block
+        self.module = self.block = block
 
     def project(self, x: Tensor, span: Span, shared: Shared) -> QKV:
         """See `Parts`."""
@@ -112,6 +116,12 @@ class GPT2Parts:
 
 class DecoderLayerParts(TransformersParts):
     """A decoder layer of transformers that is wired as Llama's; see `streambp.parts.TransformersParts`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Parts`."""
+        layer: nn.Module = self.layer
+        return layer
 
     def _normed(self, y: Tensor, name: str) -> Tensor:
         norm = getattr(self.layer.self_attn, f"{name}_norm", None)
@@ -162,6 +172,12 @@ def parts_of(block: nn.Module) -> Parts:
             "methods.memo",
             f"cannot take a {type(block).__module__}.{type(block).__name__} apart",
             expected="blocks of Headway's Llama or GPT-2, or decoder layers of transformers wired as Llama's",
+        )
+    if getattr(block, "gradient_checkpointing", False):
+        raise MethodError(
+            "methods.memo",
+            f"finds a {type(block).__name__} that recomputes itself already",
+            hint="switch the checkpointing of the model off",
         )
     attention_: Any = block.self_attn
     drops = [module for module in block.modules() if isinstance(module, nn.Dropout) and module.p > 0]

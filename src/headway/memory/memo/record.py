@@ -8,7 +8,7 @@ same place there has the same shape but for the number of tokens, and the same v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class Record:
         self._storages: list[Storage] = []
         self._live: dict[int, tuple[Tensor, int]] | None = None  # what is back, and the views yet to be asked for
         self.length = self.split = 0
+        self.autocast: Any = None
 
     # The forward pass.
 
@@ -83,7 +84,7 @@ class Record:
         self.batch, self.length = x.shape[:2]
         whole = Span(0, self.length, self.length)
         self._device, self._grads = x.device, (x.requires_grad, False)
-        self._autocast = autocast_state(x.device)
+        self.autocast = autocast_state(x.device)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             q, k, v = self.parts.project(x, whole, self.shared)
             self._marks.append(len(self._saved))
@@ -154,13 +155,17 @@ class Record:
             split: tokens of each sequence whose saved tensors leave; those of the others are made again.
         """
         self.split = split
-        stays = {stamp(t) for t in tensors_in(self.shared)} | {stamp(t) for t in self._weights}
+        block = self.parts.module
+        own = (t for t in (*block.parameters(), *block.buffers()) if is_plain(t))
+        stays = {stamp(t) for t in (*tensors_in(self.shared), *own)}
         first, second = self._marks
         places: dict[int, tuple[str, int, int | None]] = {}  # stamp -> where a storage is made
         for name, tensors, sizes in (
             ("project", [*self._saved[:first], *self._qkv], layout.project),
             ("finish", self._saved[second:], layout.finish),
         ):
+            if len(tensors) != len(sizes):
+                raise self._differs()
             for index, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
                 if is_plain(tensor):
                     places.setdefault(stamp(tensor), (name, index, size))
@@ -178,8 +183,8 @@ class Record:
             if size == 0 and stamp(tensor) not in self._known:
                 entries.append(Kept(tensor))
             elif stamp(tensor) in self._known or size is None:
-                own = 1 if first <= position < second else 2  # else it cannot be cut, so it leaves whole
-                entries.append(self._leave(tensor, name or "attention", amounts, own))
+                kind = 1 if first <= position < second else 2  # else it cannot be cut, so it leaves whole
+                entries.append(self._leave(tensor, name or "attention", amounts, kind))
             else:
                 entries.append(self._cut(tensor, (name, index), size, amounts))
         for entry in entries:
@@ -189,12 +194,6 @@ class Record:
         self._entries = entries
         self._saved, self._qkv, self._known = [], (), {}
         del self._x, self._y
-
-    @property
-    def _weights(self) -> Iterator[Tensor]:
-        block: Any = getattr(self.parts, "block", None) or self.parts.layer  # type: ignore[attr-defined]
-        yield from block.parameters()
-        yield from block.buffers()
 
     def _leave(self, tensor: Tensor, label: str, amounts: list[int], kind: int) -> View:
         """The whole storage of ``tensor`` leaves, unless it has."""
@@ -320,7 +319,7 @@ class Record:
         span = Span(start, self.length, self.length)
         tapes: dict[str, dict[int, Tensor]] = {"project": {}, "finish": {}}
         last = max((index for name, index in wanted or () if name == "finish"), default=-1)
-        with as_in_forward(self._device, self._rng, self._autocast):
+        with as_in_forward(self._device, self._rng, self.autocast):
             x, y = (t[:, start:].detach().contiguous() for t in (self._x, self._y))
             x.requires_grad_(self._grads[0])
             y.requires_grad_(self._grads[1])

@@ -322,7 +322,8 @@ class SwappedBlock(Shell):
         out = record.run(x)
         if pass_.timed:
             pass_.marks.append((start, _mark(x.device)))
-        key = (x.shape, x.dtype, x.requires_grad, block.training, *(p.requires_grad for p in block.parameters()))
+        trained = (x.requires_grad, *(p.requires_grad for p in block.parameters()))
+        key = (x.shape, x.dtype, block.training, trained, record.autocast)
         if key not in self._layouts:
             self._layouts[key] = record.layout()
         record.settle(self._layouts[key], round(pass_.alpha * x.shape[1]))

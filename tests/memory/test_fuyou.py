@@ -377,7 +377,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_leaves_the_last_step_whole(
         os.pwrite(descriptor, data, 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr("headway.memory.fuyou.files._pwrite_all", full)
+        patch.setattr("headway.memory.fuyou.files.write_all", full)
         with pytest.raises(HeadwayError, match="No space left") as caught:
             train(model, optimizer, 3, first=2)
         assert isinstance(caught.value.__cause__, OSError)

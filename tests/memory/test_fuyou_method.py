@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_stops_the_run_before_the_next_forward(monkeypatch:
     def full(descriptor: int, data: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("headway.memory.fuyou.files._pwrite_all", full)
+    monkeypatch.setattr("headway.memory.fuyou.files.write_all", full)
     step = trainer.step
     with pytest.raises(HeadwayError, match="No space left"):
         run(trainer, 2)

@@ -187,7 +187,7 @@ class FileBackend:
         finally:
             path.unlink(missing_ok=True)
 
-    def _buffer(self, nbytes: int) -> mmap.mmap:
+    def buffer(self, nbytes: int) -> mmap.mmap:
         """This thread's aligned buffer, grown as needed."""
         size = _aligned(nbytes)
         buffer = getattr(self._local, "buffer", None)
@@ -195,7 +195,8 @@ class FileBackend:
             buffer = self._local.buffer = mmap.mmap(-1, size)
         return buffer
 
-    def _open(self, path: Path, flags: int) -> int:
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor that goes past the page cache where that is possible."""
         return os.open(path, flags | (os.O_DIRECT if self._direct else 0), 0o600)
 
     def write(self, tensor: Tensor) -> Stored:
@@ -206,13 +207,13 @@ class FileBackend:
         """
         source = as_bytes(tensor)
         nbytes = source.numel()
-        buffer = self._buffer(nbytes)
+        buffer = self.buffer(nbytes)
         _view(buffer, nbytes).copy_(source)
         checksum = zlib.crc32(memoryview(buffer)[:nbytes]) if self.verify else None
         path = self.folder / f"{next(self._numbers):08d}"
-        descriptor = self._open(path, os.O_CREAT | os.O_WRONLY)
+        descriptor = self.open(path, os.O_CREAT | os.O_WRONLY)
         try:
-            _pwrite_all(descriptor, memoryview(buffer)[: _aligned(nbytes)])
+            write_all(descriptor, memoryview(buffer)[: _aligned(nbytes)])
         except OSError:
             path.unlink(missing_ok=True)
             raise
@@ -228,11 +229,11 @@ class FileBackend:
         Raises:
             HeadwayError: the file is shorter than it was, or its content changed.
         """
-        buffer = self._buffer(stored.nbytes)
+        buffer = self.buffer(stored.nbytes)
         size = _aligned(stored.nbytes)
-        descriptor = self._open(stored.place, os.O_RDONLY)
+        descriptor = self.open(stored.place, os.O_RDONLY)
         try:
-            got = _pread_all(descriptor, memoryview(buffer)[:size])
+            got = read_all(descriptor, memoryview(buffer)[:size])
         finally:
             os.close(descriptor)
         if got < stored.nbytes:
@@ -279,7 +280,7 @@ def remove_leftovers(root: Path) -> list[Path]:
         if not (folder / "lock").exists() and folder.name.startswith("."):
             continue  # a process is just making it
         try:
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except OSError:
             continue  # its owner lives, or it is another user's
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,7 +314,7 @@ def _own_folder(root: Path) -> tuple[Path, int]:
     """A new folder of this process and the descriptor of its lock."""
     # Locked under a name that nobody takes for a leftover, then renamed: at no moment is it there without its lock.
     made = Path(tempfile.mkdtemp(prefix=".headway-new-", dir=root))
-    lock = _lock(made)
+    lock = lock_folder(made)
     for number in itertools.count():
         folder = root / f"headway-store-{os.getpid()}-{number}"
         if not folder.exists():
@@ -329,7 +330,12 @@ def _remove_own(folder: Path, lock: int, pid: int) -> None:
     os.close(lock)
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
+    """Hold ``folder`` for as long as the descriptor is open.
+
+    Raises:
+        BlockingIOError: another holds it.
+    """
     import fcntl
 
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
@@ -367,7 +373,12 @@ def _view(buffer: mmap.mmap, nbytes: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
-def _pwrite_all(descriptor: int, data: memoryview) -> None:
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write ``data``, aligned, from the beginning of a file.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     offset = 0
     while offset < len(data):
         written = os.pwrite(descriptor, data[offset:], offset)
@@ -376,10 +387,11 @@ def _pwrite_all(descriptor: int, data: memoryview) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _pread_all(descriptor: int, data: memoryview) -> int:
+def read_all(descriptor: int, data: memoryview, start: int = 0) -> int:
+    """Fill ``data`` from byte ``start`` of a file; how many bytes there were."""
     offset = 0
     while offset < len(data):
-        got = os.preadv(descriptor, [data[offset:]], offset)
+        got = os.preadv(descriptor, [data[offset:]], start + offset)
         if got == 0:
             break
         offset += got

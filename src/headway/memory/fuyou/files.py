@@ -26,7 +26,7 @@ from torch import Tensor
 from headway.core.errors import HeadwayError
 from headway.core.files import write_json
 from headway.core.units import human
-from headway.memory.backends import FileBackend, _lock, _pwrite_all
+from headway.memory.backends import FileBackend, lock_folder, read_all, write_all
 from headway.memory.fuyou.groups import Layout
 from headway.memory.lanes import LaneName
 
@@ -91,7 +91,7 @@ class GroupFiles:
     def _own(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(self.folder)
+            descriptor = lock_folder(self.folder)
         except BlockingIOError:
             raise HeadwayError(str(self.folder), "holds the states of a training that is running",
                                hint="give each its own folder") from None  # fmt: skip
@@ -135,9 +135,9 @@ class GroupFiles:
         memory = buffer.memory[: layout.nbytes]
         sums = {name: zlib.crc32(memory[start : start + n]) for name, (start, n) in layout.regions.items()}
         try:
-            descriptor = self.backend._open(path, os.O_CREAT | os.O_WRONLY)
+            descriptor = self.backend.open(path, os.O_CREAT | os.O_WRONLY)
             try:
-                _pwrite_all(descriptor, memory)
+                write_all(descriptor, memory)
                 if self.keep:
                     os.fsync(descriptor)
             finally:
@@ -158,9 +158,9 @@ class GroupFiles:
         names = tuple(regions) or tuple(layout.regions)
         first = layout.regions[names[0]][0]
         nbytes = sum(layout.regions[name][1] for name in names)
-        descriptor = self.backend._open(generation.path, os.O_RDONLY)
+        descriptor = self.backend.open(generation.path, os.O_RDONLY)
         try:
-            got = _read(descriptor, into[:nbytes], first)
+            got = read_all(descriptor, into[:nbytes], first)
         finally:
             os.close(descriptor)
         if got < nbytes:
@@ -179,7 +179,7 @@ class GroupFiles:
 
     def staging(self, nbytes: int) -> memoryview:
         """Page-aligned memory of the calling thread, for reads that go on elsewhere."""
-        return memoryview(self.backend._buffer(nbytes))
+        return memoryview(self.backend.buffer(nbytes))
 
     def map(self, layout: Layout, generation: Generation) -> dict[str, list[Tensor]]:
         """Region -> the parameters' values, fp32, read from the file when they are looked at; checked here.
@@ -221,16 +221,6 @@ class GroupFiles:
         self.backend.close()
         if self.keep:
             self._finalizer()
-
-
-def _read(descriptor: int, into: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(into):
-        got = os.preadv(descriptor, [into[done:]], offset + done)
-        if got == 0:
-            break
-        done += got
-    return done
 
 
 def _values(pages: mmap.mmap, offset: int, shape: torch.Size) -> Tensor:

@@ -120,7 +120,7 @@ def test_lower_precision_is_as_exact_as_its_kernels_are(name: str, dtype: torch.
 def test_lengths_and_rows(length: int, rows: int) -> None:
     model, data = model_of("gqa"), batch(length, rows)
     plain = gradients(model, data)
-    for alpha in (0.0, 0.3, 1.0):
+    for alpha in (0.0, 0.3, 1 - 1 / length, 1 - 2 / length, 1.0):
         with memo_activations(model.blocks, alpha):
             assert_same(gradients(model, data), plain)
 
@@ -538,6 +538,21 @@ def test_a_damaged_file_is_an_error_that_names_the_block(tmp_path: Path, damage:
         memo.lanes.drain()
         hidden.sum().backward()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_changes_what_it_saved_is_an_error_as_without_hooks() -> None:
+    class Spoils(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.exp()  # saves its result
+            y.add_(1)
+            return y
+
+    model = model_of("plain")
+    model.blocks[0].mlp_norm = nn.Sequential(model.blocks[0].mlp_norm, Spoils())
+    with pytest.raises(RuntimeError, match="inplace"):
+        gradients(model, batch())
+    with memo_activations(model.blocks, 0.5), pytest.raises(HeadwayError, match=r"block 0.*changed in place"):
+        gradients(model, batch())
 
 
 def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:

@@ -66,7 +66,8 @@ class LlamaParts:
         qkv = own.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, own.head_dim))
         q, k, v = qkv.split((own.heads, own.kv_heads, own.kv_heads), dim=2)  # [B, t, H or Hkv, hd]
         if own.q_norm is None:
-            v = v.contiguous()  # else it would keep the queries and keys before their rotation alive
+            # else it would keep the queries and keys before their rotation alive
+            v = v.clone(memory_format=torch.contiguous_format)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if own.q_norm is not None and own.k_norm is not None:
             q, k = own.q_norm(q), own.k_norm(k)

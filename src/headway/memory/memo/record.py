@@ -70,6 +70,7 @@ class Record:
         self.sizes = (0, 0, 0)
         """Bytes of the input, of what attention made, and of all the rest."""
         self._saved: list[Tensor] = []
+        self._versions: list[int] = []
         self._entries: list[Kept | View] | None = None
         self._marks: list[int] = []
         self._storages: list[Storage] = []
@@ -99,6 +100,7 @@ class Record:
     def _pack(self, tensor: Tensor) -> Packed:
         # A saved result must not hold the graph that holds it.
         self._saved.append(tensor if tensor.is_leaf or not is_plain(tensor) else tensor.detach())
+        self._versions.append(version(tensor))
         return Packed(self, len(self._saved) - 1)
 
     def layout(self) -> Layout:
@@ -148,13 +150,22 @@ class Record:
             hint="switch memo off for this model",
         )  # fmt: skip
 
+    def _changed(self) -> HeadwayError:
+        return HeadwayError(self.label, "needs a tensor that was changed in place since",
+                            hint="do not modify tensors that the backward pass needs")  # fmt: skip
+
     def settle(self, layout: Layout, split: int) -> None:
         """Send away what is to leave, and let go of the rest.
 
         Args:
             split: tokens of each sequence whose saved tensors leave; those of the others are made again.
+
+        Raises:
+            HeadwayError: the block has changed in place what it had saved, or saves otherwise than ``layout`` says.
         """
         self.split = split
+        if [version(t) for t in self._saved] != self._versions:
+            raise self._changed()
         block = self.parts.module
         own = (t for t in (*block.parameters(), *block.buffers()) if is_plain(t))
         stays = {stamp(t) for t in (*tensors_in(self.shared), *own)}
@@ -253,8 +264,7 @@ class Record:
         entry = self._entries[index]
         if isinstance(entry, Kept):
             if version(entry.tensor) != entry.version:
-                raise HeadwayError(self.label, "needs a tensor that was changed in place since",
-                                   hint="do not modify tensors that the backward pass needs")  # fmt: skip
+                raise self._changed()
             return entry.tensor
         if self._live is None or entry.storage not in self._live:
             self._live = self._bring_back()

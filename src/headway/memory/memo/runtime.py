@@ -29,7 +29,7 @@ from headway.memory.backends import Backend, HostBackend
 from headway.memory.lanes import Job, Lanes
 from headway.memory.memo.alpha import AlphaPlan, Sizes, choose_alpha
 from headway.memory.memo.parts import DecoderLayerParts, Parts, Span, parts_of
-from headway.memory.memo.record import Layout, Record
+from headway.memory.memo.record import PROBE, Layout, Record
 from headway.memory.store import TieredStore
 
 Shape = tuple[int, int]
@@ -326,8 +326,11 @@ class SwappedBlock(Shell):
         key = (x.shape, x.dtype, block.training, trained, record.autocast)
         if key not in self._layouts:
             self._layouts[key] = record.layout()
-        record.settle(self._layouts[key], round(pass_.alpha * x.shape[1]))
-        memo.counts.recomputed_tokens += x.shape[0] * (x.shape[1] - record.split)
+        length = x.shape[1]
+        split = round(pass_.alpha * length)
+        # A single token lies in memory as more may not: a copy of it may be none.
+        record.settle(self._layouts[key], length if length - split < PROBE else split)
+        memo.counts.recomputed_tokens += x.shape[0] * (length - record.split)
         memo.gone(pass_, index, record)
         out.register_hook(lambda _: memo.reached(pass_, index))
         return out

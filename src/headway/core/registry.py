@@ -48,6 +48,7 @@ TABLE: dict[str, dict[str, str]] = {
         "memory-plan": "headway.plan.memory.planner:read_plan",
     },
     "experiments": {
+        "datastates": "headway.experiments.datastates:experiment",
         "fuyou": "headway.experiments.fuyou:experiment",
         "deep-optimizer-states": "headway.experiments.deep_optimizer_states:experiment",
         "memo": "headway.experiments.memo:experiment",

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from headway.core import state as run_state
 from headway.core.errors import HeadwayError, MethodError
-from headway.memory.fuyou import GroupFiles, TieredOptimizer, block_groups, groups_of
+from headway.core.meters import live_bytes, live_peak
+from headway.memory.fuyou import GroupFiles, TieredOptimizer, WeightsOnDisk, block_groups, groups_of
 from headway.memory.fuyou.groups import Layout
 from headway.memory.lanes import Lanes
 from headway.models.build import build_model
@@ -494,3 +495,39 @@ def test_layout_keeps_parameters_on_cache_lines_and_regions_on_pages() -> None:
             view.fill_(1)
     assert layout.views(whole, "weights")[0].dtype is torch.bfloat16
     assert whole.count_nonzero() > 0
+
+
+def test_reading_states_by_name_takes_no_memory_before_they_are_looked_at(tmp_path: Path) -> None:
+    model = tiny()
+    optimizer = TieredOptimizer(plain(model), block_groups(model), tmp_path)
+    train(model, optimizer, 1)
+    before = live_bytes(torch.device("cpu"))
+    found, peak = live_peak(optimizer.named_states)
+    assert len(found) == len(list(model.parameters()))
+    assert peak - before < optimizer.state_bytes / 10
+    optimizer.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_equal_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    models = [tiny().cuda() for _ in range(2)]
+    reference = plain(models[0], dtype)
+    groups = block_groups(models[1])
+    chosen = frozenset(i for i, group in enumerate(groups) if group.block is not None)
+    optimizer = TieredOptimizer(plain(models[1], dtype), groups, tmp_path, weights_on_disk=chosen)
+    WeightsOnDisk(list(models[1].blocks), optimizer)
+    for step in range(10):
+        x = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(step)).cuda()
+        for model, inner in zip(models, (reference, optimizer), strict=True):
+            if inner is optimizer:
+                optimizer.arm()
+            nn.functional.cross_entropy(model(x).flatten(0, 1).float(), x.flatten()).backward()
+            inner.step()
+            inner.zero_grad()
+    masters = run_state.master_weights(models[1], optimizer)  # type: ignore[arg-type]
+    for name, value in run_state.master_weights(models[0], reference).items():
+        assert torch.allclose(value.cpu(), masters[name], rtol=1e-3, atol=1e-4), name
+    optimizer.close()

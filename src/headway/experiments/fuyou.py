@@ -351,6 +351,8 @@ experiment = Experiment(
         Expectation("simulator_worst", "13B, one GPU: 37.5 to 155.8 TFLOP/s", at_most(0.15),
                     title="largest error of the simulator over the twenty cells"),
         Expectation("cells", "", between(20, 20), title="cells"),
+        Expectation("traffic", "half to once the backward pass", between(0.5, 1.0), only="full",
+                    title="optimizer traffic / backward"),
         Expectation("fall", "", between(0.2, 0.4), quick=at_least(0.0),
                     title="fall of step time, updates under the backward pass"),
         Expectation("fall_delayed", "", between(0.2, 0.4), quick=at_least(0.0),

@@ -33,10 +33,7 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     Raises:
         HeadwayError: the recipe cannot be run, a method is refused or changed nothing.
     """
-    if (plan := plan_for(recipe)) is not None:
-        recipe = plan.apply(recipe)
-    if not (recipe.train.steps or recipe.train.tokens or recipe.train.time):
-        raise RecipeError("train", "has no end", hint="give train.steps, train.tokens or train.time")
+    recipe = _settled(recipe)
     use_log(FallbackLog(recipe.strict))
     seed_everything(recipe.seed)
     methods = resolve(recipe)
@@ -95,6 +92,13 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     )
     trainer.changes = check_changes(methods)
     return trainer
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    if not (recipe.train.steps or recipe.train.tokens or recipe.train.time):
+        raise RecipeError("train", "has no end", hint="give train.steps, train.tokens or train.time")
+    plan = plan_for(recipe)
+    return plan.apply(recipe) if plan is not None else recipe
 
 
 def select_device(recipe: Recipe) -> torch.device:

@@ -44,7 +44,8 @@ class Prober:
         """
         assert self._worker.stdin is not None and self._worker.stdout is not None
         try:
-            print(json.dumps(recipe.to_dict()), file=self._worker.stdin, flush=True)
+            self._worker.stdin.write(json.dumps(recipe.to_dict()) + "\n")
+            self._worker.stdin.flush()
             answer: dict[str, Any] = json.loads(self._worker.stdout.readline())
         except (OSError, ValueError) as error:
             raise HeadwayError("memory.budget", f"the process that tries switches out has died ({error})",
@@ -58,7 +59,7 @@ class Prober:
 
 def serve() -> None:
     """Answer until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     for line in sys.stdin:
         read, write = os.pipe()
@@ -75,7 +76,8 @@ def serve() -> None:
         if status or not answer:
             how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
             answer = json.dumps({"memory": f"the process was ended by {how}"})
-        print(answer, file=answers, flush=True)
+        answers.write(answer + "\n")
+        answers.flush()
 
 
 def _answer(line: str) -> dict[str, Any]:

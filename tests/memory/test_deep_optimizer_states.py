@@ -26,6 +26,7 @@ from headway.memory.deep_optimizer_states import update as update_module
 from headway.memory.deep_optimizer_states.update import Update
 from headway.optim.adamw import build_adamw, param_groups
 from headway.optim.master import MasterOptimizer, lower_precision
+from headway.plan.dissect.memory import memory_breakdown
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 CPU = torch.device("cpu")
@@ -601,6 +602,64 @@ def test_parameters_that_are_refused() -> None:
     with pytest.raises((HeadwayError, RuntimeError), match="sparse"):
         table(torch.tensor([1])).sum().backward()
     optimizer.close()
+
+
+def test_a_device_without_room_for_staging_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, own = offloaded(), offloaded()
+    train(*reference, batches(1))
+
+    def refuse(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("headway.memory.deep_optimizer_states.offload.Slot.make", refuse)
+        with pytest.raises(HeadwayError, match=r"no room to stage.*are needed at once. Nothing was updated"):
+            train(*own, batches(1))
+    own[1].step()
+    own[1].zero_grad()
+    assert same(everything(*own), everything(*reference))
+
+
+def test_a_device_with_little_free_memory_gets_smaller_subgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = 16 * 256 * 256
+    monkeypatch.setattr("headway.memory.deep_optimizer_states.offload.free_bytes", lambda device: 3 * total)
+    _, optimizer = big(torch.bfloat16, stride=2)
+    assert optimizer.report()["shrunk_from"] == total // 8
+    assert optimizer.report()["device_extra_bytes"] <= 3 * total
+
+
+def test_scalars_and_parameters_that_are_frozen_for_a_while() -> None:
+    results = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        scale, layer = nn.Parameter(torch.ones(())), nn.Linear(64, 64)
+        params = [scale, *layer.parameters()]
+        layer.weight.requires_grad_(False)
+        options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+        optimizer = (InterleavedOffload(params, stride=1, subgroup=64, **options) if offload
+                     else torch.optim.AdamW(params, fused=True, **options))  # fmt: skip
+        for step in range(4):
+            if step == 2:
+                layer.weight.requires_grad_(True)
+            (layer(torch.ones(2, 64)) * scale).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_breakdown_of_a_steps_memory_knows_the_host_from_the_device() -> None:
+    model, optimizer = offloaded(torch.bfloat16, stride=None)
+
+    def step() -> None:
+        train(model, optimizer, batches(1))
+
+    report = memory_breakdown(step, model, optimizer)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    assert report.before.parameters == weights
+    assert report.before.optimizer < 200, "no more than the counters of steps"
+    assert report.before.gradients == 0
+    assert report.peak.total < report.before.total + 4 * weights
 
 
 def test_close_leaves_the_model_to_others() -> None:

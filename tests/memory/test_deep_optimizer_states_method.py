@@ -142,3 +142,17 @@ def test_strict_runs_refuse_an_idle_device() -> None:
         build_trainer(Recipe.load(tiny_recipe(strict=True, methods={NAME: {"stride": 50}})))
     use_log(FallbackLog())
     assert isinstance(build_trainer(Recipe.load(tiny_recipe(methods={NAME: ON}))).optimizer, InterleavedOffload)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_from_its_checkpoints_as_if_never_stopped(precision: str, tmp_path: Path) -> None:
+    """With a checkpoint at every step, which may still be being read when the next update wants to begin."""
+
+    def metrics(folder: str, *ends: int) -> list[float]:
+        for end in ends:
+            sections: dict[str, Any] = {"train": {"steps": end, "precision": precision}, "checkpoint": {"every": 1}}
+            sections["schedule"] = {"name": "constant"}
+            run = train(Recipe.load(tiny_recipe(methods={NAME: ON}, **sections)), run=tmp_path / folder)
+        return [record["loss"] for record in run.metrics()] + [run.summary["eval_loss"]]
+
+    assert metrics("stopped", 3, 6) == metrics("undisturbed", 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,17 @@ def arrange(
     return Arrangement(layout, [i for i, _ in runs], k, own, staged, plan, numel if fitting < numel else None)
 
 
+def residents(params: list[Tensor], fraction: float) -> dict[Tensor, None]:
+    """Whole parameters, in order, as many as fit into that share of all."""
+    room = fraction * sum(p.numel() for p in params)
+    chosen: dict[Tensor, None] = {}
+    for p in params:
+        if p.numel() <= room:
+            chosen[p] = None
+            room -= p.numel()
+    return chosen
+
+
 def _affordable(numel: int, total: int, limit: int) -> list[Stride]:
     """Strides at which a subgroup need not shrink to less than a quarter."""
     least = max(CUT, numel // 4)
@@ -111,3 +123,8 @@ def _checked(k: Any, total: int, limit: int) -> Stride:
                 f"smallest subgroups take {human(need, 'B')}, {human(max(need - limit, 1), 'B')} more")  # fmt: skip
         raise HeadwayError("max_device_extra", what, hint="give more, or a larger stride")
     return k  # type: ignore[no-any-return]
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that the device has left; without bound where it is the host's own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf

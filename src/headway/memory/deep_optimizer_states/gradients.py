@@ -57,7 +57,7 @@ class Gradients:
         ]
         self._hooks: list[Any] = []
         for index, param in enumerate(self.params):
-            if self.gathered[index] is not param:
+            if self.gathered[index] is not param and param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(partial(self._take, index)))
 
     def _take(self, index: int, param: Tensor) -> None:

@@ -71,3 +71,21 @@ def check_elementwise(optimizer: torch.optim.Optimizer, where: str) -> None:
             if group.get(key):
                 raise HeadwayError(where, f"cannot offload an Adam with {key}: only the parameter and two moments are "
                                    "staged", hint=f"leave {key} out")  # fmt: skip
+
+
+def check_params(optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Refuse parameters that cannot be laid end to end with fp32 masters.
+
+    Raises:
+        HeadwayError: they are on several devices, not contiguous, or of a type that fp32 cannot hold.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len({p.device for p in params}) > 1:
+        raise HeadwayError(where, "needs all parameters on one device")
+    for p in params:
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise HeadwayError(where, f"cannot hold a parameter of {p.dtype}: masters are fp32",
+                               expected="float32, bfloat16 or float16")  # fmt: skip
+        if not p.is_contiguous() or p.layout != torch.strided:
+            raise HeadwayError(where, f"needs contiguous parameters, got one of shape {list(p.shape)} with strides "
+                               f"{list(p.stride())}", hint="call .contiguous() on it")  # fmt: skip

@@ -16,13 +16,15 @@ from torch import Tensor
 from headway.core.clip import clip_
 from headway.core.errors import HeadwayError
 from headway.core.fallback import fallback
-from headway.memory.deep_optimizer_states.arrange import arrange
+from headway.core.units import human
+from headway.memory.deep_optimizer_states.arrange import arrange, free_bytes, residents
 from headway.memory.deep_optimizer_states.calibrate import calibrate
 from headway.memory.deep_optimizer_states.gradients import Gradients
-from headway.memory.deep_optimizer_states.kernel import check_elementwise
-from headway.memory.deep_optimizer_states.plan import Placement, Rates, Stride, device_extra, slots
+from headway.memory.deep_optimizer_states.kernel import check_elementwise, check_params
+from headway.memory.deep_optimizer_states.plan import Placement, Rates, Stride, device_extra, slots, staging_bytes
 from headway.memory.deep_optimizer_states.tensors import State, Tensors
 from headway.memory.deep_optimizer_states.update import Slot, Update, Workers
+from headway.memory.subgroups import Subgroup
 
 
 class InterleavedOffload(torch.optim.Optimizer):
@@ -40,7 +42,7 @@ class InterleavedOffload(torch.optim.Optimizer):
             staging would exceed ``max_device_extra``.
         resident_fraction: share of the parameters whose state stays on the device, and is updated there.
         async_grads: gradients cross to the host while the backward pass goes on.
-        max_device_extra: bytes that staging and kept gradients may take on the device.
+        max_device_extra: bytes that staging and kept gradients may take on the device; no more than it has free now.
         masters: parameter -> its exact fp32 values, where the parameter itself is rounded already.
         workers: the lanes, to share them or to pretend rates.
         rates: of the lanes, if they are known; else ``auto`` measures them.
@@ -75,7 +77,7 @@ class InterleavedOffload(torch.optim.Optimizer):
                                expected="a share of at least 0 and below 1; a stride of 1 or more")  # fmt: skip
         plain = optimizer(params, **options)
         check_elementwise(plain, where)
-        _check_params(plain, where)
+        check_params(plain, where)
         self._mixed = ""
         self._ready = False
         self._norm: Tensor | None = None
@@ -91,8 +93,9 @@ class InterleavedOffload(torch.optim.Optimizer):
                 return calibrate(self.workers, device, dtype, min(numel, 1 << 22))
             return rates
 
-        resident = _resident(everything, resident_fraction)
-        self.arrangement = arrange(plain.param_groups, resident, stride, subgroup, max_device_extra, measured)
+        resident = residents(everything, resident_fraction)
+        limit = int(min(max_device_extra, free_bytes(device)))
+        self.arrangement = arrange(plain.param_groups, resident, stride, subgroup, limit, measured)
         self._tensors = Tensors(everything, self.arrangement, resident, masters or {})
         gathered = self._tensors.gathered
         self._gradients = Gradients(everything, [gathered[p] for p in everything],
@@ -137,33 +140,40 @@ class InterleavedOffload(torch.optim.Optimizer):
             fallback("skipping an optimizer step", f"the gradient norm is {float(norm)}", "that step's gradients")
             return loss
         start = time.perf_counter()
+        staged = [s for s in self.arrangement.staged if self._tensors.active(s)]
+        buffers = self._buffers(staged)
         self._mixed = f"update {self.updates + 1} is under way"
         try:
-            self._update()
-        except KeyboardInterrupt:
-            self._mixed = ""  # the update has come to its end
-            self.updates += 1
-            raise
+            interrupt = self._update(staged, buffers)
         except BaseException:
             self._mixed = f"update {self.updates + 1} failed halfway"
             raise
         self._mixed = ""
         self.updates += 1
         self.update_seconds.append(time.perf_counter() - start)
+        if interrupt is not None:
+            raise interrupt
         return loss
 
-    def _update(self) -> None:
+    def _buffers(self, staged: list[Subgroup]) -> list[Slot]:
+        """Made for each step, when activations are gone, and given back at its end."""
+        numel, count = max((s.numel for s in staged), default=0), slots(self.k, len(staged))
+        try:
+            return [Slot.make(numel, self._tensors.device) for _ in range(count)]
+        except torch.OutOfMemoryError as error:
+            what = f"has no room to stage subgroups: {human(staging_bytes(numel, count), 'B')} are needed at once"
+            hint = "nothing was updated; lower max_device_extra or subgroup"
+            raise HeadwayError("optimizer step", what, hint=hint) from error
+
+    def _update(self, staged: list[Subgroup], buffers: list[Slot]) -> KeyboardInterrupt | None:
         tensors = self._tensors
-        staged = [s for s in self.arrangement.staged if tensors.active(s)]
         own = [s for s in self.arrangement.own if tensors.active(s)]
-        largest = max((s.numel for s in staged), default=0)
-        buffers = [Slot.make(largest, tensors.device) for _ in range(slots(self.k, len(staged)))]
         resident = [
             (sum(p.numel() for p in params), partial(tensors.update_resident, index, params))
             for index, params in enumerate(self._resident_of)
             if params
         ]
-        Update(tensors, self.workers, buffers, tensors.ring).run(own, staged, resident)
+        return Update(tensors, self.workers, buffers, tensors.ring).run(own, staged, resident)
 
     def wait(self) -> None:
         """Return once all gradients are where they are gathered."""
@@ -324,27 +334,3 @@ class InterleavedOffload(torch.optim.Optimizer):
         self._gradients.close()
         if self._owns:
             self.workers.close()
-
-
-def _resident(params: list[Tensor], fraction: float) -> dict[Tensor, None]:
-    """Whole parameters, in order, as many as fit into that share of all."""
-    room = fraction * sum(p.numel() for p in params)
-    chosen: dict[Tensor, None] = {}
-    for p in params:
-        if p.numel() <= room:
-            chosen[p] = None
-            room -= p.numel()
-    return chosen
-
-
-def _check_params(optimizer: torch.optim.Optimizer, where: str) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if len({p.device for p in params}) > 1:
-        raise HeadwayError(where, "needs all parameters on one device")
-    for p in params:
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise HeadwayError(where, f"cannot hold a parameter of {p.dtype}: masters are fp32",
-                               expected="float32, bfloat16 or float16")  # fmt: skip
-        if not p.is_contiguous() or p.layout != torch.strided:
-            raise HeadwayError(where, f"needs contiguous parameters, got one of shape {list(p.shape)} with strides "
-                               f"{list(p.stride())}", hint="call .contiguous() on it")  # fmt: skip

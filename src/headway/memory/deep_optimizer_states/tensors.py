@@ -75,7 +75,7 @@ class Tensors:
             return self.masters[p]
         if p in self.resident:
             return self.masters.get(p, p)
-        return torch.zeros(1, device=self.device).expand(p.shape)  # of the right form, and takes no memory
+        return torch.zeros((), device=self.device).expand(p.shape)  # of the right form, and takes no memory
 
     def _dtype(self, subgroup: Subgroup) -> torch.dtype:
         return self.layout.params[subgroup.pieces[0].param].dtype

@@ -143,7 +143,7 @@ class Update:
         own: Sequence[Subgroup],
         staged: Sequence[Subgroup],
         resident: Sequence[tuple[int, Callable[[], None]]] = (),
-    ) -> None:
+    ) -> KeyboardInterrupt | None:
         """Update all subgroups and return when everything is back in its place.
 
         Args:
@@ -151,7 +151,8 @@ class Update:
             staged: subgroups of the device, in order.
             resident: updates of what never moves, and their numbers of parameters.
 
-        An interrupt of the caller waits for the end, so that it never leaves half a step.
+        Returns:
+            An interrupt that came meanwhile, for the caller to raise: it never leaves half a step.
 
         Raises:
             HeadwayError: a lane's work failed; some subgroups are updated and others are not.
@@ -178,8 +179,7 @@ class Update:
         if self._error is not None:
             raise HeadwayError("optimizer step", f"failed halfway: {self._error or type(self._error).__name__}",
                                hint="go on from the last checkpoint") from self._error  # fmt: skip
-        if interrupt is not None:
-            raise interrupt
+        return interrupt
 
     def _do(self, lane: Lane, work: Callable[[], Any], amount: int, then: Callable[[], None]) -> None:
         if self._error is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from headway.core.meters import live_bytes, process_peak_bytes, without_native_stderr
+from headway.core.meters import host_storages, live_bytes, process_peak_bytes, without_native_stderr
 from headway.plan.dissect.scopes import PHASE
 
 _GRADIENT = "headway/gradient/"
@@ -173,7 +173,7 @@ def _owned(model: nn.Module, optimizer: Any) -> dict[str, dict[int, int]]:
     found: dict[str, dict[int, int]] = {}
     for kind, tensors in kinds.items():
         storages = [t.untyped_storage() for t in tensors if t.device == device and t.layout is torch.strided]
-        found[kind] = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+        found[kind] = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() and s.data_ptr() not in host_storages}
     return found
 
 
@@ -189,12 +189,15 @@ def _optimizers(optimizer: Any) -> list[Any]:
 
 def _watch(parameter: Tensor, optimizer: Any) -> Any:
     """Mark in the profile where the gradient of ``parameter`` lies, each time that backward has added to it."""
-    master = _masters(optimizer).get(parameter, parameter)
+    gathered = getattr(optimizer, "gathered", None) or _masters(optimizer)
+    master = gathered.get(parameter, parameter)
 
     def note(_: Tensor) -> None:
         for gradient in (parameter.grad, master.grad):
             if gradient is not None and gradient.layout is torch.strided:
                 storage = gradient.untyped_storage()
+                if storage.data_ptr() in host_storages:
+                    continue
                 with record_function(f"{_GRADIENT}{storage.data_ptr()}/{storage.nbytes()}"):
                     pass
 

@@ -55,6 +55,13 @@ def test_host_bytes_do_not_exceed_the_buffers(tmp_path: Path) -> None:
     assert found["growth"] == 1
 
 
+def test_live_bytes_are_those_of_weights_states_and_gradients(tmp_path: Path) -> None:
+    in_memory, on_disk = fuyou._live(tmp_path, False), fuyou._live(tmp_path, True)
+    parameters = Setting(128, 12, 2, 32, heads=2).parameters
+    assert in_memory > 16 * parameters
+    assert on_disk < in_memory / 2
+
+
 def test_step_times_of_all_arms_on_one_slow_drive(tmp_path: Path) -> None:
     make = partial(Setting, 32, 3, 2, 64, heads=2)
     found = fuyou._step_times(make, tmp_path, torch.float32, repeats=2, steps=1)

@@ -141,3 +141,35 @@ def test_blocks_that_share_weights_are_refused(tmp_path: Path) -> None:
     model.blocks[1].mlp = model.blocks[0].mlp
     with pytest.raises(MethodError, match="share weights"):
         on_disk(model, torch.float32, tmp_path)
+
+
+def test_with_a_model_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                                      num_key_value_heads=2, vocab_size=61, tie_word_embeddings=False)  # fmt: skip
+
+    def losses(optimize: Any) -> list[float]:
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        optimizer = optimize(model)
+        found = []
+        for step in range(4):
+            x = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(step))
+            if isinstance(optimizer, TieredOptimizer):
+                optimizer.arm()
+            loss = model(input_ids=x, labels=x, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    def tiered(model: Any) -> Any:
+        groups = block_groups(model)
+        assert [group.name for group in groups] == ["head", "block 2", "block 1", "block 0", "embedding"]
+        chosen = frozenset(i for i, group in enumerate(groups) if group.block is not None)
+        optimizer = TieredOptimizer(plain(model), groups, tmp_path, weights_on_disk=chosen)
+        WeightsOnDisk(list(model.model.layers), optimizer)
+        return optimizer
+
+    assert losses(tiered) == losses(plain)

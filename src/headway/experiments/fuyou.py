@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.core.meters import live_bytes, live_peak
 from headway.core.surgery import replace_blocks, restore_blocks
 from headway.experiments.base import Expectation, Experiment, Measurement, at_least, at_most, between
 from headway.experiments.context import Context
@@ -31,6 +32,7 @@ from headway.models.config import LlamaConfig
 from headway.optim.adamw import AdamW
 from headway.optim.options import OptimizerOptions
 
+CPU = torch.device("cpu")
 VOCAB = 512
 SHARE = 0.75
 """Optimizer traffic over backward time, by choice of the injected rate."""
@@ -146,13 +148,31 @@ def _host(folder: Path) -> dict[str, float]:
     return {"of_limit": max(p / limit for p, limit in zip(peaks, limits, strict=True)), "growth": peaks[1] / peaks[0]}
 
 
-def _train_steps(setting: Setting, optimizer: TieredOptimizer, steps: int, overlap: bool = True) -> None:
+def _train_steps(setting: Setting, optimizer: Any, steps: int, overlap: bool = True) -> None:
     for step in range(steps):
-        if overlap:
+        if overlap and isinstance(optimizer, TieredOptimizer):
             optimizer.arm()
         setting.loss(step).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _live(folder: Path, on_disk: bool) -> int:
+    """Peak live bytes of a step of twelve blocks: weights, gradients, states and activations."""
+    before = live_bytes(CPU)
+    setting = Setting(128, 12, 2, 32, heads=2)
+    if not on_disk:
+        optimizer: Any = setting.inner(torch.float32)
+    else:
+        groups = block_groups(setting.model)
+        chosen = frozenset(i for i, group in enumerate(groups) if group.block is not None)
+        optimizer = TieredOptimizer(setting.inner(torch.float32), groups, folder, weights_on_disk=chosen)
+        WeightsOnDisk(list(setting.model.blocks), optimizer)
+    _train_steps(setting, optimizer, 2)
+    peak = live_peak(partial(_train_steps, setting, optimizer, 1))[1] - before
+    if on_disk:
+        optimizer.close()
+    return peak
 
 
 # Step time.
@@ -302,9 +322,11 @@ def measure(context: Context) -> dict[str, Measurement]:
         results["different"] = Measurement(bits["different"], note=f"of {bits['settings']} settings")
         host = keep("host", partial(_host, folder))
         results["host_of_limit"], results["host_growth"] = Measurement(host["of_limit"]), Measurement(host["growth"])
+        live = [keep(f"live {on_disk}", partial(_live, folder, on_disk)) for on_disk in (False, True)]
+        results["live"] = Measurement(live[1] / live[0], note=f"{live[1] / 2**20:.1f} of {live[0] / 2**20:.1f} MiB")
 
         make = partial(Setting, 256, 6, 2, 256) if quick else partial(Setting, 512, 10, 2, 640)
-        timed = keep("times", partial(_step_times, make, folder, torch.float32, 2 if quick else 3, 2))
+        timed = keep("times", partial(_step_times, make, folder, torch.float32, 2 if quick else 4, 2))
         times = timed["times"]
         context.say(f"{timed['parameters'] / 1e6:.1f}M parameters, forward {timed['forward']:.2f} s, backward "
                     f"{timed['backward']:.2f} s, drive {timed['rate'] / 2**20:.0f} MiB/s")  # fmt: skip
@@ -348,6 +370,7 @@ experiment = Experiment(
                     title="settings in which a bit of weights, masters or moments changed"),
         Expectation("host_of_limit", "", at_most(1.0), title="host bytes for states / (buffers x largest group)"),
         Expectation("host_growth", "", at_most(1.0), title="the same bytes, nine blocks / three"),
+        Expectation("live", "", at_most(0.5), title="peak live bytes of a step of twelve blocks, on disk / in memory"),
         Expectation("simulator_worst", "13B, one GPU: 37.5 to 155.8 TFLOP/s", at_most(0.15),
                     title="largest error of the simulator over the twenty cells"),
         Expectation("cells", "", between(20, 20), title="cells"),

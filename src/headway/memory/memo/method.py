@@ -28,7 +28,7 @@ class MemoOptions(Options):
 
     alpha: Literal["auto"] | float = "auto"
     """Share of the tokens whose saved tensors are swapped, 0 to 1; those of the others are recomputed. `auto`: as many
-    as hide behind the computation and fit the budget, by what the second step of every shape measured."""
+    as hide behind the computation and fit the budget, by what the second micro-batch of every shape measured."""
     host_budget: Bytes | None = Field(None, ge=1)
     """Bytes that may be swapped out at a time; default: half of the host's free memory, or of the drive's."""
     buffers: int = Field(2, ge=1)
@@ -56,7 +56,7 @@ class MemoMethod(Method):
         "recomputes those of the other tokens without attention.",
         exact=True,
         approximates="",
-        buys="the activations of two blocks instead of all, at long sequences at the speed of keeping them",
+        buys="the activations of two blocks instead of all; at long sequences faster than recomputing whole blocks",
         costs="traffic to the host, and the projections of the tokens that are not swapped once more; stalls where the "
         "link cannot carry even inputs and attention outputs in time",
         refuses={

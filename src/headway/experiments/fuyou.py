@@ -325,7 +325,7 @@ def measure(context: Context) -> dict[str, Measurement]:
         live = [keep(f"live {on_disk}", partial(_live, folder, on_disk)) for on_disk in (False, True)]
         results["live"] = Measurement(live[1] / live[0], note=f"{live[1] / 2**20:.1f} of {live[0] / 2**20:.1f} MiB")
 
-        make = partial(Setting, 256, 6, 2, 256) if quick else partial(Setting, 512, 10, 2, 640)
+        make = partial(Setting, 256, 6, 4, 512) if quick else partial(Setting, 512, 10, 2, 640)
         timed = keep("times", partial(_step_times, make, folder, torch.float32, 2 if quick else 4, 2))
         times = timed["times"]
         context.say(f"{timed['parameters'] / 1e6:.1f}M parameters, forward {timed['forward']:.2f} s, backward "

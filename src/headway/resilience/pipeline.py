@@ -294,7 +294,7 @@ class Pipeline:
                          f"only {human(2 * left, 'B')} are left", "updates wait for the disk")  # fmt: skip
             device = next((s.tensor.device for s in large if s.tensor.is_cuda), torch.device("cpu"))
             self._memory, self._ring = host_empty(size, torch.uint8, device), Ring(size)
-        return max(ALIGNMENT, min(CHUNK, self._ring.size // 4) // ALIGNMENT * ALIGNMENT)
+        return max(ALIGNMENT, min(CHUNK, self._ring.size // 8) // ALIGNMENT * ALIGNMENT)
 
     def _begin(self, version: Version, eager: bool) -> None:
         """Queue the version's jobs."""

@@ -315,6 +315,36 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step(bad: float, where: i
     assert "gradient norm" in _own_log.entries[0]["why"]
 
 
+def test_a_gradient_that_comes_after_the_norm_is_looked_at() -> None:
+    model, optimizer = offloaded()
+    ((tokens, targets),) = batches(1)[0]
+    nn.functional.cross_entropy(model(tokens), targets).backward()
+    assert optimizer.clip_grad_norm_(1.0).isfinite()
+    (float("nan") * nn.functional.cross_entropy(model(tokens), targets)).backward()
+    optimizer.step()
+    assert (optimizer.skipped, optimizer.updates) == (1, 0)
+
+
+def test_several_threads_give_the_same_bits() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(0)
+        values, grad = torch.randn(300_007), torch.randn(300_007)
+        alone, away = nn.Parameter(values.clone()), nn.Parameter(values.clone())
+        plain_optimizer = torch.optim.AdamW([alone], lr=1e-2, fused=True)
+        own = InterleavedOffload([away], lr=1e-2, stride=2)
+        for _ in range(3):
+            alone.grad, away.grad = grad.clone(), grad.clone()
+            plain_optimizer.step()
+            own.step()
+            own.zero_grad()
+        assert torch.equal(alone, away)
+        assert torch.equal(plain_optimizer.state[alone]["exp_avg_sq"], own.state_dict()["state"]["0"]["exp_avg_sq"])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_moments_begin_at_zero_and_a_new_optimizer_has_no_state() -> None:
     model, optimizer = offloaded()
     assert len(optimizer.state) == 0

@@ -132,7 +132,7 @@ class InterleavedOffload(torch.optim.Optimizer):
                 loss = closure()
         self.wait()
         self._check_whole()
-        norm = self._norm
+        norm, self._norm = self._norm, None
         if norm is None or self._gradients.fresh:
             norm = clip_(self._tensors.gathered.values(), None)
         if not math.isfinite(float(norm)):

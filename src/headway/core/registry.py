@@ -48,6 +48,7 @@ TABLE: dict[str, dict[str, str]] = {
         "memory-plan": "headway.plan.memory.planner:read_plan",
     },
     "experiments": {
+        "memory": "headway.experiments.memory:experiment",
         "datastates": "headway.experiments.datastates:experiment",
         "fuyou": "headway.experiments.fuyou:experiment",
         "deep-optimizer-states": "headway.experiments.deep_optimizer_states:experiment",

@@ -81,14 +81,24 @@ class MemoryPlan:
         return Candidate(chosen.name, "", chosen.micro_batch, chosen.methods).apply(recipe)
 
     def explain(self) -> str:
-        """A line per candidate, with the reason why it was taken or not."""
-        width = max(len(option.name) for option in self.options)
-        lines = [f"memory budget {human(self.budget, 'B')}: {self.chosen.name}"]
-        for option in self.options:
+        """The choice, its reason, and a line for each other way at the micro-batch that suits it best."""
+        lines = [f"memory budget {human(self.budget, 'B')}: {self.chosen.name}: {self.chosen.what}"]
+        rows = [self.chosen, *self._others()]
+        width = max(len(option.name) for option in rows)
+        for option in rows:
             peak = "" if option.peak_bytes is None else human(option.peak_bytes, "B")
             seconds = "" if option.seconds is None else f"{human_seconds(option.seconds)}/step"
             lines.append(f"  {option.name:<{width}}  {peak:>9}  {seconds:>10}  {option.verdict}".rstrip())
         return "\n".join(lines)
+
+    def _others(self) -> list[Option]:
+        best: dict[str, Option] = {}
+        for option in self.options:  # fastest first
+            way = option.name.rpartition(", micro-batch ")[0]
+            known = best.get(way)
+            if known is None or (option.fits(self.budget) and not known.fits(self.budget)):
+                best[way] = option
+        return [option for option in best.values() if option.name != self.chosen.name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the run directory and ``--json``."""

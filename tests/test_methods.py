@@ -170,7 +170,7 @@ def test_options_copy_pickle_and_refuse_unknown_names(name: str) -> None:
         Recipe.load(tiny_recipe(methods={name: {"nonsense": 1}}))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "datastates"])  # the default checkpointer has a page as methods have
 def test_documentation_page_and_its_snippets(name: str) -> None:
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     for heading in ("What it does", "When", "Switch", "Own loop", "Options", "Costs", "Measured", "Reference"):

@@ -1,7 +1,7 @@
 """Trains a small run that is killed again and again, and compares what comes of it with an undisturbed one.
 
-A program of its own (``python -m headway.experiments.killed_runs FOLDER KILLS STEPS``): everything is imported once, and
-every attempt is a process forked from it, ended by SIGKILL at a random moment. Prints one JSON line.
+A program of its own (``python -m headway.experiments.killed_runs FOLDER KILLS STEPS``): everything is imported once,
+and every attempt is a process forked from it, ended by SIGKILL at a random moment. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
 
 
 def killed(folder: Path, kills: int, steps: int, seed: int = 0) -> dict[str, int]:
-    """Kill ``kills`` attempts at a run of ``steps`` steps; runs that get through all the same are compared and followed by others.
+    """Kill ``kills`` attempts at runs of ``steps`` steps; what gets through all the same is compared.
 
     Returns:
         How many were killed, how many of them while a checkpoint was being written, how many attempts went on from a

@@ -47,7 +47,7 @@ WAYS = (
     Way("ssdtrain, disk", {"ssdtrain": {"policy": "all"}}),
     Way("ssdtrain, host", {"ssdtrain": {"policy": "all", "backend": "host"}}),
     Way("memo", {"memo": {}}),
-    Way("deep-optimizer-states", {"deep-optimizer-states": {}}),
+    Way("deep-optimizer-states, stride 2", {"deep-optimizer-states": {"stride": 2}}),
     Way("fuyou, states", {"fuyou": {"params": "memory", "activations": "none"}}),
     Way("fuyou and streambp", {"fuyou": {"activations": "none"}, "streambp": {}}),
 )

@@ -40,7 +40,10 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "the optimizer's state lives on disk, a group at a time in memory",
         {"fuyou": {"params": "memory", "activations": "none"}},
     ),
-    "states on the host": ("the optimizer's state lives in the memory of the host", {"deep-optimizer-states": {"stride": None}}),
+    "states on the host": (
+        "the optimizer's state lives in the memory of the host, and is updated there",
+        {"deep-optimizer-states": {"stride": None}},
+    ),
 }
 """Ways to treat the optimizer's state."""
 

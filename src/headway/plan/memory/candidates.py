@@ -40,6 +40,10 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "the optimizer's state lives on disk, a group at a time in memory",
         {"fuyou": {"params": "memory", "activations": "none"}},
     ),
+    "weights and states on disk": (
+        "the optimizer's state and the blocks' weights live on disk, a group at a time in memory",
+        {"fuyou": {"params": "disk", "activations": "none"}},
+    ),
     "states on the host": (
         "the optimizer's state lives in the memory of the host, and is updated there",
         {"deep-optimizer-states": {"stride": None}},

@@ -85,7 +85,7 @@ def train(
             trainer.fit()
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise _out_of_memory(trainer, error) from error
+                raise _out_of_memory(trainer, error, planned=plan is not None) from error
             raise
         summary = summarize(trainer, path, time.perf_counter() - started)
         if plan is not None:
@@ -96,10 +96,9 @@ def train(
     return Run(path)
 
 
-def _out_of_memory(trainer: Trainer, error: BaseException) -> HeadwayError:
+def _out_of_memory(trainer: Trainer, error: BaseException, planned: bool) -> HeadwayError:
     said = str(error).strip().splitlines()
     reason = said[0] if said else "memory ran out"
-    planned = trainer.recipe.memory.budget is not None
     hint = "lower memory.budget" if planned else "memory.budget=SIZE finds the fastest way to train within SIZE"
     return HeadwayError(f"step {trainer.step + 1}", f"does not fit in memory ({reason})", hint=hint)
 

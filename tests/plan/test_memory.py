@@ -4,7 +4,11 @@ Needs: nothing. Run: pytest tests/plan/test_memory.py
 """
 
 import json
+import signal
+import threading
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -127,6 +131,39 @@ def test_a_probe_that_is_killed_is_one_that_does_not_fit(deep, tmp_path, monkeyp
             prober.measure(deep(train={"from": "nowhere"}))
 
 
+def test_probes_leave_no_files_behind(deep, tmp_path):
+    methods = {"fuyou": {"params": "memory", "activations": "none", "path": str(tmp_path)}}
+    with Prober() as prober:
+        assert prober.measure(deep(methods=methods, memory={"disk": str(tmp_path)})).peak > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_probe_does_not_live_on(deep, tmp_path, monkeypatch):
+    (tmp_path / "sleepy.py").write_text(
+        "import os, pathlib, time\n"
+        "from headway.layers.label_smoothing import LabelSmoothing\n"
+        "class Sleepy(LabelSmoothing):\n"
+        "    def model(self, model):\n"
+        "        pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "        time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pid = tmp_path / "pid"
+
+    def interrupt():
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    with pytest.raises(KeyboardInterrupt), Prober() as prober:
+        thread.start()
+        prober.measure(deep(methods={"sleepy:Sleepy": {}}))
+    probe = int(pid.read_text())
+    assert not psutil.pid_exists(probe) or psutil.Process(probe).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_kept_plan_is_read_back_and_a_damaged_one_refused(deep, tmp_path):
     option = Option("recompute, micro-batch 4", {"recompute": {}}, 4, "", 100, 1.0, "the fastest that fits")
     plan = MemoryPlan(1000, option, [option])
@@ -164,6 +201,19 @@ def test_the_disk_folder_of_the_recipe_is_used(deep, tmp_path):
 @pytest.mark.parametrize(("batch", "micro", "expected"), [(8, None, [8, 4, 2, 1]), (12, 6, [6, 3, 1]), (1, 1, [1])])
 def test_micro_batches_divide_the_batch(deep, batch, micro, expected):
     assert micro_batches(deep(train={"batch": batch, "micro_batch": micro})) == expected
+
+
+@pytest.mark.parametrize(("budget", "hint"), [("4GiB", r"[Ll]ower memory\.budget"), (None, r"memory\.budget=SIZE")])
+def test_a_run_out_of_memory_says_what_to_do_about_it(deep, tmp_path, monkeypatch, budget, hint):
+    def fit(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    option = Option("recompute, micro-batch 4", {"recompute": {}}, 4, "", 100, 1.0, "the fastest that fits")
+    plan = MemoryPlan(1000, option, [option]) if budget else None
+    monkeypatch.setattr("headway.core.train.plan_for", lambda *_: plan)
+    monkeypatch.setattr("headway.core.trainer.Trainer.fit", fit)
+    with pytest.raises(HeadwayError, match=rf"does not fit in memory.*{hint}"):
+        train(deep(memory={"budget": budget}), run=tmp_path / "run")
 
 
 def test_running_out_of_memory_is_told_from_other_failures():

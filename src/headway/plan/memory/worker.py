@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from headway.core.errors import HeadwayError
 from headway.core.recipe import Recipe
+from headway.memory.backends import remove_leftovers
 from headway.plan.memory.probe import Footprint, measure
 
 
@@ -25,15 +29,17 @@ class Prober:
 
     def __enter__(self) -> Prober:
         command = [sys.executable, "-m", "headway.plan.memory.worker"]
-        self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._folders: set[Path] = set()
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._worker.stdin is not None and self._worker.stdout is not None
-        self._worker.kill()
-        self._worker.wait()
-        self._worker.stdin.close()
-        self._worker.stdout.close()
+        os.killpg(self._worker.pid, signal.SIGKILL)  # a probe that runs still, too
+        self._worker.communicate()  # until none of them lives
+        for folder in self._folders:
+            remove_leftovers(folder)  # probes end without cleaning up
 
     def measure(self, recipe: Recipe) -> Footprint:
         """As `probe.measure`.
@@ -43,6 +49,7 @@ class Prober:
             HeadwayError: as raised in the process, or the process cannot go on.
         """
         assert self._worker.stdin is not None and self._worker.stdout is not None
+        self._folders.add(Path(recipe.memory.disk or tempfile.gettempdir()).expanduser())
         try:
             self._worker.stdin.write(json.dumps(recipe.to_dict()) + "\n")
             self._worker.stdin.flush()

@@ -415,6 +415,22 @@ def test_auto_measures_the_second_pass_of_a_shape(rate: float | None, low: float
     lanes.close()
 
 
+def test_frozen_first_blocks_do_not_hinder_the_plan_nor_the_budget() -> None:
+    model, data = model_of("plain", torch.float32, layers=6), batch()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("embedding", "blocks.0.", "blocks.1.")))
+    plain = gradients(model, data)
+    with memo_activations(model.blocks, "auto", host_budget=1 << 30) as memo:
+        for _ in range(3):
+            assert_same(gradients(model, data), plain, 1e-5)
+        model.hidden(data["tokens"])  # no backward pass follows
+        gradients(model, data)
+        assert memo.counts.passes == 5 and memo.counts.most_sets == 2
+        assert (3, T) in memo.plans
+    with memo_activations(model.blocks, 0.0, host_budget=1024), pytest.raises(MethodError, match="of 2 blocks take"):
+        gradients(model, data)
+
+
 def test_plans_survive_a_restart() -> None:
     first, second = (Memo(model_of("plain").blocks) for _ in range(2))
     assert first.state_dict() == {}

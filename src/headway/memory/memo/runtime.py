@@ -60,6 +60,8 @@ class Pass:
     shape: Shape
     alpha: float
     timed: bool = False
+    last: int = -1
+    """The block that ran last."""
     records: dict[int, weakref.ref[Record]] = field(default_factory=dict)
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     """Beginning and end of each swapped block's forward pass."""
@@ -153,8 +155,9 @@ class Memo:
     def current(self, index: int, shape: Shape) -> Pass:
         """The pass in which block ``index`` runs."""
         pass_ = self._pass
-        if pass_ is None or index == 0 or pass_.shape != shape or index in pass_.on_device:
+        if pass_ is None or pass_.shape != shape or index <= pass_.last:  # the first one may be frozen, and not ask
             pass_ = self.begin(shape)
+        pass_.last = index
         return pass_
 
     def make_room(self, pass_: Pass, index: int) -> None:
@@ -182,21 +185,20 @@ class Memo:
         pass_.records[index] = weakref.ref(record)
         pass_.leaving.append((index, [handle.job for handle in record.handles if handle.job is not None]))
         self.counts.swapped_bytes += record.swapped
-        sizes = Sizes(*record.sizes)
-        if index == 0:
-            self.sizes[pass_.shape] = sizes
-            self._check_budget(pass_, sizes)
+        if len(pass_.records) == 1:
+            self.sizes[pass_.shape] = sizes = Sizes(*record.sizes)
+            self._check_budget(pass_, sizes, self.swapped - index)
 
-    def _check_budget(self, pass_: Pass, sizes: Sizes) -> None:
+    def _check_budget(self, pass_: Pass, sizes: Sizes, blocks: int) -> None:
         """What must be swapped fits the budget, with the share that was asked for."""
-        needed = int(self.swapped * sizes.swapped(pass_.alpha))
+        needed = int(blocks * sizes.swapped(pass_.alpha))
         if needed <= self.host_budget:
             return
-        must = int(self.swapped * sizes.swapped(0.0))
+        must = int(blocks * sizes.swapped(0.0))
         what = (
-            f"the inputs and attention outputs of {self.swapped} blocks"
+            f"the inputs and attention outputs of {blocks} blocks"
             if must > self.host_budget
-            else f"{self.swapped} blocks with alpha {pass_.alpha:g}"
+            else f"{blocks} blocks with alpha {pass_.alpha:g}"
         )
         missing = max(must, needed) - self.host_budget
         raise MethodError(
@@ -225,13 +227,13 @@ class Memo:
     def _learn(self) -> None:
         """Make a plan from the pass that is over, if it was measured."""
         pass_, self._pass = self._pass, None
-        if pass_ is None or not pass_.timed or len(pass_.marks) < self.swapped or pass_.shape in self.plans:
+        if pass_ is None or not pass_.timed or not pass_.records or pass_.shape in self.plans:
             return
         seconds = statistics.median(_between(*marks) for marks in pass_.marks)
         bandwidth = self.bandwidth()
         host = min(self.host_budget, self.store.capacity if self.store.capacity is not None else self.host_budget)
         self.plans[pass_.shape] = choose_alpha(
-            self.sizes[pass_.shape], seconds, bandwidth, host, len(self.blocks), self.buffers
+            self.sizes[pass_.shape], seconds, bandwidth, host, len(self.blocks) - min(pass_.records), self.buffers
         )
         self.measured = {"layer_seconds": seconds, "bandwidth": bandwidth}
 

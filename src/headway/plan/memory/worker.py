@@ -8,6 +8,8 @@ answer goes to standard output.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -22,6 +24,10 @@ from headway.core.errors import HeadwayError
 from headway.core.recipe import Recipe
 from headway.memory.backends import remove_leftovers
 from headway.plan.memory.probe import Footprint, measure
+
+PRELOADED = ("torch._dynamo", "torch.profiler", "torch.utils.checkpoint", "headway.workloads.language",
+             "headway.optim.adamw", "headway.optim.schedules", "headway.memory.store")  # fmt: skip
+"""What most steps import, torch itself among it: a second that no child has to spend again."""
 
 
 class Prober:
@@ -68,6 +74,10 @@ def serve() -> None:
     """Answer until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # children neither walk nor copy what is there by now
     for line in sys.stdin:
         read, write = os.pipe()
         child = os.fork()

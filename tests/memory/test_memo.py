@@ -571,12 +571,13 @@ def test_a_block_that_changes_what_it_saved_is_an_error_as_without_hooks() -> No
         gradients(model, batch())
 
 
-def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:
-    model = model_of("gqa")
+@pytest.mark.parametrize("name", ["attention.out.weight", "attention.qkv.bias"])
+def test_weights_that_change_before_the_backward_pass_are_an_error(name: str) -> None:
+    model = model_of("bias")
     with memo_activations(model.blocks, 0.5):
         loss = model.hidden(batch()["tokens"]).sum()
         with torch.no_grad():
-            model.blocks[0].attention.out.weight.add_(1)
+            model.blocks[0].get_parameter(name).add_(1)
         with pytest.raises(HeadwayError, match=r"block 0.*changed in place"):
             loss.backward()
 

@@ -167,6 +167,7 @@ class Record:
         if [version(t) for t in self._saved] != self._versions:
             raise self._changed()
         block = self.parts.module
+        self._weights = [version(p) for p in block.parameters()]
         own = (t for t in (*block.parameters(), *block.buffers()) if is_plain(t))
         stays = {stamp(t) for t in (*tensors_in(self.shared), *own)}
         first, second = self._marks
@@ -281,6 +282,8 @@ class Record:
         tails: dict[tuple[str, int], Tensor] = {}
         wholes: dict[int, Tensor] = {}
         if self.split < self.length:
+            if [version(p) for p in self.parts.module.parameters()] != self._weights:
+                raise self._changed()  # autograd saves no biases, and yet they are used again here
             for view in (self._x_view, self._y_view):
                 wholes[view.storage] = self._storages[view.storage].piece.fetch()[0]
             self._x, self._y = (view.of(wholes[view.storage]) for view in (self._x_view, self._y_view))

@@ -174,6 +174,11 @@ def test_events_become_allocations() -> None:
     ]  # fmt: skip
 
 
+def test_a_scope_that_comes_again_is_another() -> None:
+    visit = [(0, 0, 0, "+forward 0"), (0, 8, 50, ""), (0, 8, -50, ""), (0, 0, 0, "-forward 0")]
+    assert [a.scope for a in from_events([*visit, *visit])] == ["forward 0", "forward 0, 2"]
+
+
 def model_and_step() -> tuple[Any, Any]:
     model = build_model(LlamaConfig(hidden=32, layers=4, heads=4, vocab=50, context=64), seed=0)
     tokens = torch.randint(50, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -197,6 +202,15 @@ def test_a_real_trace_has_the_peak_that_is_metered_and_its_plan_is_valid() -> No
     # Four forward passes are alike, and the backward passes but for the first, which finds what the loss left.
     assert plan.solved <= 5
     assert plan.peak <= 1.2 * plan.lower_bound
+
+
+def test_micro_batches_are_planned_as_passes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "MOST_AT_ONCE", 0)  # two levels or nothing
+    model, step = model_and_step()
+    trace = record_trace(lambda: (step(), step()), model.blocks)
+    plan = plan_memory(trace, time_limit=2.0)
+    assert_valid(trace, plan)
+    assert plan.levels == 2 and plan.peak <= 1.2 * plan.lower_bound
 
 
 def test_the_report_of_a_step() -> None:

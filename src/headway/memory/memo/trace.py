@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Allocation:
     end: int
     """Number of the event that freed it; beyond the last event if the step did not."""
     scope: str = ""
-    """In which stretch of the step it was allocated (``forward 3``, ``backward 3``); empty outside of all blocks."""
+    """In which stretch of the step it was allocated (``forward 3``, ``backward 3``, in the second micro-batch
+    ``forward 3, 2``); empty outside of all blocks."""
 
 
 def record_trace(
@@ -76,10 +78,16 @@ def from_events(events: Sequence[tuple[int, int, int, str]]) -> list[Allocation]
     """
     found: list[Allocation] = []
     live: dict[int, tuple[int, int, str]] = {}  # address -> bytes, event, scope
-    scope, number = "", 0
+    visits: Counter[str] = Counter()
+    inside, scope, number = "", "", 0
     for _, address, size, mark in events:
         if mark:
-            scope = mark[1:] if mark[0] == "+" else "" if mark[1:] == scope else scope
+            name = mark[1:]
+            if mark[0] == "+":
+                visits[name] += 1
+                inside, scope = name, name if visits[name] == 1 else f"{name}, {visits[name]}"
+            elif name == inside:
+                inside = scope = ""
             continue
         number += 1
         if size > 0:

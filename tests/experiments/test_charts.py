@@ -125,3 +125,10 @@ def test_training_time_adds_up_from_the_logged_rates():
     assert log.seconds == pytest.approx([2.0, 3.0, 4.0])
     assert log.evaluated("eval_loss", by_time=True) == ([pytest.approx(3.5)], [2.0])
     assert not loss_chart([log], by_time=True).empty
+
+
+def test_a_point_that_is_a_series_is_called_by_its_name_inside_the_plot():
+    names = ["left & low", "right"]
+    drawn = str(Chart("t", "x", "y", [Line(n, [float(i)], [1.0 + i], i, "points") for i, n in enumerate(names)]).html())
+    assert 'text-anchor="start">left &amp; low</text>' in drawn
+    assert 'text-anchor="end">right</text>' in drawn

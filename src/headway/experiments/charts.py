@@ -251,6 +251,10 @@ def _mark(
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3.5 if line.style == "points" else 2.4}"/>' for x, y in points
         ]
+    if line.style == "points" and len(points) == 1:  # a point that is a series is called by its name
+        (x, y), right = points[0], (px(scales.x[0]) + px(scales.x[1])) / 2
+        at, anchor = (x - 7, "end") if x > right else (x + 7, "start")
+        parts.append(f'<text x="{at:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(line.name)}</text>')
     if line.low is not None and line.high is not None and len(points) == len(line.low):
         parts += [
             f'<path class="whisker" d="M{x:.1f} {py(low):.1f}V{py(high):.1f}M{x - 3:.1f} {py(low):.1f}h6'

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from headway.core.recipe import Recipe
 from headway.core.run import Run
 from headway.core.train import train
 from headway.plan.memory.candidates import candidate, micro_batches, refused
-from headway.plan.memory.planner import MemoryPlan, Option, plan_memory, read_plan
+from headway.plan.memory.planner import MemoryPlan, Option, _Planner, plan_memory, read_plan
 from headway.plan.memory.probe import Footprint, extrapolate, footprint, measure
 from headway.plan.memory.worker import Prober
 
@@ -104,6 +105,21 @@ def test_nothing_fits():
     recipe = Recipe.load(tiny_recipe(memory={"budget": "1kB"}))
     with pytest.raises(HeadwayError, match=r"memory\.budget.*do not suffice.*takes least"):
         plan_memory(recipe)
+
+
+def test_the_thriftiest_is_checked_before_giving_up(deep):
+    options = [Option(f"way {i}", {}, 1, "", 90 - i, float(i)) for i in range(8)]  # the fastest first
+
+    def planned(peak_of):
+        planner = _Planner(deep(), 100, measure, lambda _: None)
+        planner.probe = lambda *_: None
+        planner.ranked = lambda _: list(options)
+        planner.verify = lambda option: replace(option, peak_bytes=peak_of(option))
+        return planner.plan()
+
+    assert planned(lambda option: 200 if option.seconds < 7 else 80).chosen.name == "way 7"
+    with pytest.raises(HeadwayError, match=r"do not suffice.*; way 7 takes least, 193B"):
+        planned(lambda option: 200 - int(option.seconds))
 
 
 def test_a_model_whose_depth_is_no_option_is_refused(deep):

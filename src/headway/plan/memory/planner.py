@@ -34,7 +34,7 @@ HEADROOM = 0.03
 SMALLER_IS_SLOWER = 1.02
 """A first guess of what halving the micro-batch does to the time per sequence, so that the larger is tried first."""
 MOST_CHECKS = 4
-"""Candidates that are probed again as they would run, before the planner gives up."""
+"""Candidates that are probed again as they would run, before the planner gives up; the thriftiest is among them."""
 TRIAL_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch that keep a device busy: the first probes of a candidate take no more."""
 DEPTHS, DEPTHS_MOVING = (2, 4), (4, 6)
@@ -146,21 +146,26 @@ class _Planner:
             if option.fits(self.budget) and (exact := self.verify(option)).fits(self.budget):
                 fitting = replace(exact, verdict="fits as it is")
                 return MemoryPlan(self.budget, fitting, [fitting])
-        ranked, tried = self.ranked(plain), 0
-        for index, predicted in enumerate(ranked):
-            if not predicted.fits(self.budget) or tried == MOST_CHECKS:
-                continue
-            tried += 1
-            ranked[index] = self.verify(predicted)
+        ranked = self.ranked(plain)
+        for index in self.worth_checking(ranked):
+            ranked[index] = self.verify(ranked[index])
             if ranked[index].fits(self.budget):
                 chosen = replace(ranked[index], verdict="the fastest that fits")
                 others = [replace(o, verdict=self.verdict(o)) for o in ranked if o.name != chosen.name]
                 return MemoryPlan(self.budget, chosen, [chosen, *others, *self.out])
-        known = [option for option in ranked if option.peak_bytes is not None]
+        known = [option for option in ranked if option.peak_bytes is not None and not option.fits(self.budget)]
         least = min(known, key=lambda option: option.peak_bytes or 0, default=None)
         nearest = f"; {least.name} takes least, {human(least.peak_bytes or 0, 'B')}" if least else ""
         raise HeadwayError("memory.budget", f"{human(self.budget, 'B')} do not suffice for this recipe{nearest}",
                            hint="give more, or lower data.sequence or the model's size")  # fmt: skip
+
+    def worth_checking(self, ranked: list[Option]) -> list[int]:
+        """The fastest that seem to fit; where there are too many, the one that takes least at last."""
+        fitting = [index for index, option in enumerate(ranked) if option.fits(self.budget)]
+        if len(fitting) <= MOST_CHECKS:
+            return fitting
+        least = min(fitting, key=lambda index: ranked[index].peak_bytes or 0)
+        return [*[index for index in fitting if index != least][: MOST_CHECKS - 1], least]
 
     def verdict(self, option: Option) -> str:
         return "fits, but is slower" if option.fits(self.budget) else "too much"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from headway.core import state as run_state
 from headway.core.errors import HeadwayError, MethodError
 from headway.core.meters import live_bytes, live_peak
-from headway.memory.fuyou import GroupFiles, TieredOptimizer, WeightsOnDisk, block_groups, groups_of
+from headway.memory.fuyou import Group, GroupFiles, TieredOptimizer, WeightsOnDisk, block_groups, groups_of
 from headway.memory.fuyou.groups import Layout
 from headway.memory.lanes import Lanes
 from headway.models.build import build_model
@@ -158,6 +158,42 @@ def test_norm_of_gradients_that_are_gone_is_that_of_all(tmp_path: Path) -> None:
     assert torch.equal(optimizer.grad_norm, expected)
     optimizer.step()
     assert not any(p.grad is not None for p in model.parameters())
+    optimizer.close()
+
+
+def test_norm_does_not_wait_for_buffers_of_groups_whose_gradients_do_not_come(tmp_path: Path) -> None:
+    """Read ahead as in the step before, while other groups complete in this one: more than there are buffers."""
+
+    def step(layers: list[nn.Linear], optimizer: Any, used: list[int]) -> Tensor:
+        if isinstance(optimizer, TieredOptimizer):
+            optimizer.arm()
+        x = torch.ones(2, 8)
+        for i in used:
+            x = layers[i](x)
+        x.sum().backward()
+        if isinstance(optimizer, TieredOptimizer):
+            worker = threading.Thread(target=lambda: found.append(optimizer.grad_norm), daemon=True)
+            worker.start()
+            worker.join(20)
+            assert not worker.is_alive()
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for layer in layers for p in layer.parameters()])
+
+    def layers() -> list[nn.Linear]:
+        torch.manual_seed(0)
+        return [nn.Linear(8, 8) for _ in range(5)]
+
+    def adamw(layers: list[nn.Linear]) -> Any:
+        return torch.optim.AdamW([p for layer in layers for p in layer.parameters()], fused=True)
+
+    found: list[Tensor] = []
+    own, others = layers(), layers()
+    groups = [Group(f"layer {i}", ("weight", "bias"), (layer.weight, layer.bias)) for i, layer in enumerate(own)]
+    optimizer, reference = TieredOptimizer(adamw(own), groups, tmp_path, buffers=3, delay=1), adamw(others)
+    for used in ([2, 1, 0], [4, 3], [0, 1, 2, 3, 4], [4]):
+        assert torch.equal(step(own, optimizer, used), step(others, reference, used))
+    assert len(found) == 4
     optimizer.close()
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from headway.core.errors import MethodError
 from headway.core.surgery import replace_blocks
 from headway.memory.fuyou import TieredOptimizer, WeightsOnDisk, block_groups
+from headway.memory.lanes import Lanes
 from headway.memory.recompute import RecomputedBlock
 from headway.memory.streambp.stream import stream_backward
 from tests.memory.test_fuyou import assert_same, everything, loss_of, plain, tiny, train
@@ -122,8 +124,6 @@ def test_with_blocks_that_others_have_replaced(tmp_path: Path, how: str) -> None
 
 def test_new_weights_come_from_a_buffer_that_is_not_written_yet(tmp_path: Path) -> None:
     """The last group to be updated is the first block to run: it does not wait for the drive."""
-    from headway.memory.lanes import Lanes
-
     model = tiny(layers=2)
     lanes = Lanes(rates={"disk_write": 2e6})
     optimizer = on_disk(model, torch.float32, tmp_path, lanes=lanes, buffers=6)
@@ -134,6 +134,66 @@ def test_new_weights_come_from_a_buffer_that_is_not_written_yet(tmp_path: Path) 
     assert lanes["host_to_device"].report.jobs > before
     optimizer.close()
     lanes.close()
+
+
+def test_blocks_that_are_not_needed_after_all_give_their_buffers_back(tmp_path: Path) -> None:
+    model = tiny()
+    lanes = Lanes(rates={"disk_write": 2e5})
+    optimizer = on_disk(model, torch.float32, tmp_path, most=3, lanes=lanes, buffers=6)
+    train(model, optimizer, 1)
+    lanes["host_to_device"].rate = 2e5
+    optimizer.weights.need(0, 1)  # and 1 and 2 ahead, from buffers that are still to be written
+    optimizer.weights.forget()
+    lanes["host_to_device"].rate = lanes["disk_write"].rate = None
+    optimizer.drain()
+    assert not any(buffer.users for buffer in optimizer._buffers)
+    optimizer.close()
+    lanes.close()
+
+
+@pytest.mark.parametrize("frozen", [[0, 1, 2], [0, 1], [1], [2]], ids=str)
+def test_frozen_blocks_stay_in_memory(tmp_path: Path, frozen: list[int]) -> None:
+    def built() -> Any:
+        model = tiny(tied=False)
+        for i in frozen:
+            model.blocks[i].requires_grad_(False)
+        return model
+
+    model = built()
+    reference = plain(model)
+    train(model, reference, 3)
+    expected = {k: v for k, v in everything(model, reference).items() if k.startswith("weight")}
+    model = built()
+    optimizer = on_disk(model, torch.float32, tmp_path)
+    train(model, optimizer, 3)
+    optimizer.close()
+    assert_same(everything_closed(model, optimizer), expected)
+
+
+def test_a_block_that_runs_again_in_the_backward_pass_keeps_its_weights(tmp_path: Path) -> None:
+    """As where `torch.utils.checkpoint` runs the whole block anew, hooks included."""
+
+    def built() -> Any:
+        model = tiny()
+
+        class Again(type(model.blocks[0])):  # type: ignore[misc]
+            def __call__(self, *args: Any, **shared: Any) -> Any:
+                return checkpoint(super().__call__, *args, use_reentrant=False, **shared)
+
+        for block in model.blocks:
+            block.__class__ = Again
+        return model
+
+    with set_checkpoint_early_stop(False):
+        model = built()
+        reference = plain(model)
+        train(model, reference, 3)
+        expected = {k: v for k, v in everything(model, reference).items() if k.startswith("weight")}
+        model = built()
+        optimizer = on_disk(model, torch.float32, tmp_path)
+        train(model, optimizer, 3)
+    optimizer.close()
+    assert_same(everything_closed(model, optimizer), expected)
 
 
 def test_blocks_that_share_weights_are_refused(tmp_path: Path) -> None:

@@ -161,12 +161,7 @@ class TieredOptimizer(Pipeline):
                 self._complete(i, self._scale)
         with self._lock:
             self._armed, self._scale = False, None
-            self._expected.clear()
-            for work in self._works.values():
-                if work.positions is None:  # read ahead, and nothing came
-                    self._abandon(work)
-            self._works = {i: work for i, work in self._works.items() if work.positions is not None}
-            self._pump()
+            self._stop_reading_ahead()
             self._wait(lambda: all(work.updated for work in self._works.values()))
             self._order += [i for i in range(len(self.groups)) if i not in self._works]
             for i, work in self._works.items():
@@ -189,6 +184,8 @@ class TieredOptimizer(Pipeline):
         """2-norm of all gradients of the step at hand, those used already included, as they were before any scaling."""
         found: dict[Tensor, Tensor] = {}
         with self._lock:
+            if self._ready:  # they wait for buffers, which groups may hold whose gradients do not come any more
+                self._stop_reading_ahead()
             taken = [work for work in self._works.values() if work.positions is not None and not self._finished]
             self._wait(lambda: all(work.updated for work in taken))
             for work in taken:
@@ -204,12 +201,9 @@ class TieredOptimizer(Pipeline):
             if self._finished:
                 return
             self._armed = False
-            self._expected.clear()
             self._ready.clear()
-            for work in self._works.values():
-                if work.positions is None:
-                    self._abandon(work)
-            self._works = {i: work for i, work in self._works.items() if work.positions is not None and work.read}
+            self._stop_reading_ahead()
+            self._works = {i: work for i, work in self._works.items() if work.read}
             self._wait(lambda: all(work.updated for work in self._works.values()))
             for work in self._delayed:
                 self._release(work)

@@ -320,11 +320,16 @@ class Pipeline:
             work.buffer.users -= 1
             work.buffer = None
 
-    def _abandon(self, work: Work) -> None:
-        """A group that was read for nothing gives its buffer back once the read is over."""
-        if work.read is not None and not work.read.cancel():
-            self._wait(lambda: work.here)
-        self._release(work)
+    def _stop_reading_ahead(self) -> None:
+        """Under the lock: groups that were read ahead, and whose gradients have not come, give their buffers back."""
+        self._expected.clear()
+        for i, work in list(self._works.items()):
+            if work.positions is None:
+                if work.read is not None and not work.read.cancel():
+                    self._wait(lambda work=work: work.here)  # type: ignore[misc]
+                self._release(work)
+                del self._works[i]
+        self._pump()
 
     def _commit(self) -> None:
         """All that the step wrote is on disk: from now on it is the state."""

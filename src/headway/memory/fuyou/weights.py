@@ -81,7 +81,7 @@ class WeightsOnDisk:
             seen |= own
         self.flats = {g.block: Flat(optimizer, i) for i, g in enumerate(optimizer.groups)
                       if i in optimizer.on_disk and g.block is not None}  # fmt: skip
-        self.last = max(self.flats)
+        self.last = max(self.flats, default=-1)
         self.stall_seconds = 0.0
         self.fetches = 0
         self._hooks: list[Any] = []
@@ -93,7 +93,7 @@ class WeightsOnDisk:
 
     def _before(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if not torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+            if not torch.is_grad_enabled() or not _in_backward():
                 self.need(index, 1)  # within a backward pass the block's output has asked already
 
         return hook
@@ -101,7 +101,9 @@ class WeightsOnDisk:
     def _after(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             followed = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-            if followed and torch._C._current_graph_task_id() == -1:
+            if followed and _in_backward():
+                return  # computed again: its own backward pass is next
+            if followed:
                 followed[0].register_hook(lambda _: self.need(index, -1))
             if not followed or index != self.last:  # the backward pass begins with the last
                 self.drop(index)
@@ -139,10 +141,7 @@ class WeightsOnDisk:
         if not flat.here:
             return
         if flat.job is not None:
-            if flat.job.cancel():
-                flat.job = None
-            else:
-                self._finish(flat)
+            self._finish(flat)
         flat.leave()
 
     def forget(self) -> None:
@@ -163,3 +162,7 @@ class WeightsOnDisk:
                 self._finish(flat)
                 flat.arrive()
         self.optimizer.weights = None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -337,6 +337,22 @@ for step in range(optimizer.steps_done, 1000):
 """
 
 
+@pytest.mark.parametrize("other", ["wider", "narrower", "renamed", "in another order"])
+def test_kept_files_of_another_model_are_refused(tmp_path: Path, other: str) -> None:
+    def optimizer(width: int, names: tuple[str, ...], reverse: bool = False) -> TieredOptimizer:
+        params = [nn.Parameter(torch.full((width,), float(i))) for i in range(2)]
+        params = params[::-1] if reverse else params
+        groups = [Group("all", names, tuple(params))]
+        return TieredOptimizer(torch.optim.AdamW(params, fused=True), groups, GroupFiles(tmp_path, keep=True))
+
+    optimizer(64, ("a", "b")).close()
+    optimizer(64, ("a", "b")).close()
+    changed: dict[str, Any] = {"wider": (2048, ("a", "b")), "narrower": (32, ("a", "b")), "renamed": (64, ("a", "c")),
+                               "in another order": (64, ("b", "a"), True)}  # fmt: skip
+    with pytest.raises(HeadwayError, match="another model"):
+        optimizer(*changed[other])
+
+
 def test_killed_at_any_moment_the_next_run_goes_on_from_a_complete_step(tmp_path: Path) -> None:
     """SIGKILL between read, update and write-back; what is found is bit for bit some step of the undisturbed run."""
     model = tiny()

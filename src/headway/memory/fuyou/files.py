@@ -27,7 +27,8 @@ from headway.core.errors import HeadwayError
 from headway.core.files import write_json
 from headway.core.units import human
 from headway.memory.backends import FileBackend, lock_folder, read_all, write_all
-from headway.memory.fuyou.groups import Layout
+from headway.memory.fuyou.groups import STATES, Layout
+from headway.memory.host import host_empty
 from headway.memory.lanes import LaneName
 
 INDEX = "index.json"
@@ -43,20 +44,12 @@ class Generation:
 
 
 class Buffer:
-    """Page-aligned host memory: pinned beside a GPU, anonymous pages elsewhere (so that it is no tensor of the device).
+    """Page-aligned host memory; ``users`` counts who still needs its content."""
 
-    ``users`` counts who still needs its content.
-    """
-
-    def __init__(self, nbytes: int, pinned: bool) -> None:
+    def __init__(self, nbytes: int, device: torch.device) -> None:
         self.users = 0
-        if pinned:
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            self.memory = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
-        else:
-            pages = mmap.mmap(-1, nbytes)
-            self.memory = memoryview(pages)
-            self.tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        self.tensor = host_empty(nbytes, torch.uint8, device)
+        self.memory = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
 
 
 class GroupFiles:
@@ -181,8 +174,10 @@ class GroupFiles:
         """Page-aligned memory of the calling thread, for reads that go on elsewhere."""
         return memoryview(self.backend.buffer(nbytes))
 
-    def map(self, layout: Layout, generation: Generation) -> dict[str, list[Tensor]]:
-        """Region -> the parameters' values, fp32, read from the file when they are looked at; checked here.
+    def map(self, layout: Layout, generation: Generation, regions: Sequence[str] = STATES) -> dict[str, list[Tensor]]:
+        """Region of `STATES` -> the parameters' values, fp32, which take no memory before they are looked at.
+
+        With ``verify`` these regions are read once here, to be checked.
 
         They stay as they are for as long as anybody holds them, whatever later steps write.
 
@@ -197,12 +192,11 @@ class GroupFiles:
                                hint="go on from a checkpoint") from error  # fmt: skip
         found: dict[str, list[Tensor]] = {}
         with memoryview(pages) as memory:
-            for region, (start, size) in layout.regions.items():
-                with memory[start : start + size] as part:
+            for region in regions:
+                first, size = layout.regions[region]
+                with memory[first : first + size] as part:
                     self._check(generation, region, part)
-        for region in layout.regions:
-            if layout.weights is None or region != layout.working:
-                found[region] = [_values(pages, layout.regions[region][0] + 4 * start, shape)
+                found[region] = [_values(pages, first + 4 * start, shape)
                                  for start, shape in zip(layout.starts, layout.shapes, strict=True)]  # fmt: skip
         return found
 

@@ -104,6 +104,7 @@ class Fuyou(Method):
         self._stream: CountedStream | None = None
         self._forecast = ""
         self._previous: float | None = None  # gradient norm of the step before
+        self._loss: Tensor | float = 0.0  # sum over the micro-batches of the step at hand
 
     @property
     def overlaps(self) -> bool:
@@ -246,6 +247,7 @@ class Fuyou(Method):
             if stream.done == stream.micro_batches and self.overlaps and self._known():
                 optimizer.arm(self._scale())
             loss = forward_backward(micro, targets)
+            self._loss = loss if stream.done == 1 else self._loss + loss
             if self.activations is not None and self.options.activations == "auto" and self.activations.plan is None:
                 self._decide(micro)
             return loss
@@ -288,14 +290,14 @@ class Fuyou(Method):
         self.activations.decide(profile, Tiers(reached, math.inf, math.inf, read, write))
 
     def gradients(self, gradients: Gradients) -> Gradients:
-        """The norm of gradients that are used already; and no update by ones that are not finite."""
+        """The norm of gradients that are used already; and no update where they or the loss are not finite."""
 
         def measured() -> Tensor:
             optimizer = self.tiered
             assert optimizer is not None
             norm = optimizer.grad_norm if optimizer.is_updating else gradients()
-            if not math.isfinite(value := float(norm)):
-                optimizer.rollback()
+            if not (math.isfinite(value := float(norm)) and math.isfinite(float(self._loss))):
+                optimizer.rollback()  # the trainer stops here, and says that no weight has changed
             self._previous = value
             return norm
 

@@ -83,10 +83,10 @@ class TieredOptimizer(Pipeline):
     @torch.no_grad()
     def _begin(self) -> None:
         """The first generation: what is found on disk, or the weights as they are and no moments."""
-        names = {group.name for group in self.groups}
         if self.files.found:
-            if self.files.found.keys() != names:
-                raise HeadwayError(str(self.files.folder), "holds the states of another model")
+            if self.files.note.get("parameters") != self._described():
+                raise HeadwayError(str(self.files.folder), "holds the states of another model, or in other groups",
+                                   hint="give each model a folder of its own")  # fmt: skip
             self._current = [self.files.found[group.name] for group in self.groups]
             for i, group in enumerate(self.groups):
                 steps = self.files.note["steps"][group.name]
@@ -222,28 +222,31 @@ class TieredOptimizer(Pipeline):
             p.grad = self._master(p).grad = None
 
     def named_masters(self) -> dict[Tensor, Tensor]:
-        """Parameter -> its fp32 master, read from the committed file when it is looked at, never changed by a step."""
-        return {p: state["master"] for p, state in self._mapped().items()}
+        """Parameter -> its fp32 master: pages of the committed file, in memory once looked at, never changed by a step.
+
+        What is written into them is lost; `load_masters` changes masters.
+        """
+        return {p: state["master"] for p, state in self._mapped(STATES[:1]).items()}
 
     def named_states(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> ``step``, ``exp_avg``, ``exp_avg_sq`` as AdamW has them, of those ever updated; likewise."""
         return {
             p: {"step": self._steps[i][k].clone(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}  # type: ignore[union-attr]
-            for p, state in self._mapped().items()
+            for p, state in self._mapped(STATES[1:]).items()
             for i, k in [self._place[p]]
             if self._steps[i][k] is not None
         }
 
-    def _mapped(self) -> dict[Tensor, dict[str, Tensor]]:
+    def _mapped(self, names: Sequence[str]) -> dict[Tensor, dict[str, Tensor]]:
         with self._lock:
             self.check()
             self._drain()
             current = list(self._current)
         found = {}
         for group, layout, generation in zip(self.groups, self.layouts, current, strict=True):
-            regions = self.files.map(layout, generation)
+            regions = self.files.map(layout, generation, names)
             for k, p in enumerate(group.params):
-                found[p] = {name: regions[name][k] for name in STATES}
+                found[p] = {name: regions[name][k] for name in names}
         return found
 
     @torch.no_grad()
@@ -303,6 +306,8 @@ class TieredOptimizer(Pipeline):
 
     def report(self) -> dict[str, Any]:
         """What was moved and waited for; bytes that the drive took, per step and in all."""
+        if self._failure is None:
+            self.drain()
         steps = max(1, self.steps_done - self.files.step)
         return {
             "steps": self.steps_done - self.files.step,
@@ -311,7 +316,7 @@ class TieredOptimizer(Pipeline):
             "host_bytes": self.host_bytes,
             "bytes_written": self.files.bytes_written,
             "bytes_read": self.files.bytes_read,
-            "written_per_step": self.files.bytes_written // steps,
+            "written_per_step": (self.files.bytes_written - self._rewritten) // steps,
             "updates_during_backward": self.updates_during_backward,
             "stall_seconds": self.stall_seconds,
             "compute_seconds": self.compute.report.busy_seconds,

@@ -80,6 +80,7 @@ class Pipeline:
         self.state_bytes = sum(layout.nbytes for layout in self.layouts)
         self.files.require(2 * self.state_bytes, "two generations of the optimizer's states")
         self.steps_done = self.files.step
+        self._rewritten = 0  # bytes written in no step: the first generation, and what was loaded
         self.stall_seconds = 0.0
         """Time that `step` waited for updates, and whoever needs the files for writes."""
         self.weights: Any = None
@@ -164,7 +165,7 @@ class Pipeline:
                 buffer.users = 1
                 return buffer
         if len(self._buffers) < self.max_buffers:
-            self._buffers.append(Buffer(self.buffer_bytes, self._device.type == "cuda"))
+            self._buffers.append(Buffer(self.buffer_bytes, self._device))
             self._buffers[-1].users = 1
             return self._buffers[-1]
         return None
@@ -347,7 +348,14 @@ class Pipeline:
         current = {group.name: g for group, g in zip(self.groups, self._current, strict=True)}
         steps = {group.name: [None if s is None else float(s) for s in self._steps[i]]
                  for i, group in enumerate(self.groups)}  # fmt: skip
-        self.files.commit(step, current, {"steps": steps})
+        self.files.commit(step, current, {"steps": steps, "parameters": self._described()})
+
+    def _described(self) -> dict[str, Any]:
+        """What lies in the files, as plain data: the order and shapes of each group's parameters."""
+        return {
+            group.name: [str(layout.weights), [[n, list(s)] for n, s in zip(group.names, layout.shapes, strict=True)]]
+            for group, layout in zip(self.groups, self.layouts, strict=True)
+        }
 
     def _wait(self, over: Callable[[], bool]) -> None:
         start = time.perf_counter()
@@ -402,7 +410,9 @@ class Pipeline:
             write = self.lanes[self.files.write_lane].submit(
                 lambda: self.files.write(layout, buffer), layout.nbytes, name
             )
-            return write.result()
+            generation = write.result()
+            self._rewritten += layout.nbytes
+            return generation
         except OSError as error:
             raise HeadwayError(str(self.files.root), f"cannot hold the optimizer's states ({error.strerror})",
                                hint="make room, or give another path") from error  # fmt: skip
@@ -417,7 +427,7 @@ class Pipeline:
         for i in groups:
             if i in self.on_disk:
                 continue
-            masters = self.files.map(self.layouts[i], self._current[i])[STATES[0]]
+            masters = self.files.map(self.layouts[i], self._current[i], STATES[:1])[STATES[0]]
             copy_all([(p.data, m) for p, m in zip(self.groups[i].params, masters, strict=True)], self._device)
 
     def read_weights(self, i: int, into: Tensor) -> Job:

@@ -3,8 +3,10 @@
 Needs: torch; ml_dtypes, where it is installed, is one more witness. Run: pytest tests/precision
 """
 
+import copy
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -61,9 +63,7 @@ def test_every_code_of_formats_of_your_own(shape, specials):
     same(format.codes(), floats_by_bits(format.exponent, format.mantissa, format.bias, specials))
 
 
-@pytest.mark.parametrize(
-    "name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
-)
+@pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"])
 def test_torch_decodes_the_same(kind):
     dtype = getattr(torch, f"float8_{kind}")
     codes = torch.arange(256, dtype=torch.uint8)
@@ -82,7 +82,8 @@ def test_torch_decodes_sixteen_bits_the_same(name, dtype):
 @pytest.mark.parametrize(
     "name,other",
     [("e4m3", "float8_e4m3fn"), ("e5m2", "float8_e5m2"), ("e4m3fnuz", "float8_e4m3fnuz"),
-     ("e5m2fnuz", "float8_e5m2fnuz"), ("e2m3", "float6_e2m3fn"), ("e3m2", "float6_e3m2fn"), ("e2m1", "float4_e2m1fn"), ("e8m0", "float8_e8m0fnu")],
+     ("e5m2fnuz", "float8_e5m2fnuz"),
+     ("e2m3", "float6_e2m3fn"), ("e3m2", "float6_e3m2fn"), ("e2m1", "float4_e2m1fn"), ("e8m0", "float8_e8m0fnu")],
 )  # fmt: skip
 def test_ml_dtypes_decodes_the_same(name, other):
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -144,3 +145,12 @@ def test_the_numbers_that_the_specifications_print():
 def test_impossible_formats_get_a_sentence(make, said):
     with pytest.raises(HeadwayError, match=said):
         make()
+
+
+@pytest.mark.parametrize("format", [*FORMATS.values(), *BLOCK_FORMATS.values(), format_named("fixed<2,14>")], ids=str)
+def test_formats_survive_files_and_copies(format):
+    assert format.bits > 0 and (format in BLOCK_FORMATS.values() or format.numbers)
+    stored = pickle.dumps(format)
+    assert len(stored) < 6000
+    for other in (pickle.loads(stored), copy.deepcopy(format)):
+        assert other == format and hash(other) == hash(format) and str(other) == format.name

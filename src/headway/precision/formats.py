@@ -11,7 +11,7 @@ section 5 (E2M3, E3M2, E2M1, INT8 with six fraction bits, E8M0 scales); Gupta et
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,6 +77,10 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles carry the rule, not the numbers computed from it."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,10 @@ class TableFormat(Format):
     """Any numbers at all: ``entries[code]``; NaN marks codes that mean nothing. Ties go to the number of even rank."""
 
     entries: tuple[float, ...]
+
+    def __post_init__(self) -> None:  # one NaN object, or a format read from a file would not equal itself
+        entries = tuple(math.nan if math.isnan(entry) else entry for entry in self.entries)
+        object.__setattr__(self, "entries", entries)
 
     @classmethod
     def make(cls, name: str, entries: Any) -> TableFormat:

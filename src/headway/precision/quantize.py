@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headway.core.errors import HeadwayError
 from headway.precision.blocks import BlockFormat, format_named
-from headway.precision.encode import Overflow, encode
+from headway.precision.encode import Overflow, check_dtype, encode
 from headway.precision.formats import FixedFormat, Format
 from headway.precision.granularity import Granularity
 from headway.precision.packing import pack, unpack
@@ -106,6 +106,7 @@ def quantize(
     Raises:
         HeadwayError: unknown names, groups that do not divide the shape, numbers that are not finite.
     """
+    check_dtype(x)
     element, granularity, rule = _settle(x, format, granularity, scale)
     if isinstance(rule, Scale) and rule.rule == "none":
         codes = encode(x, element, rounding, overflow, generator)

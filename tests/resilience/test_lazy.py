@@ -398,6 +398,57 @@ def test_a_worker_that_raises_does_not_stop_training(tmp_path, monkeypatch, log,
     saver.close()
 
 
+def test_no_thread_to_be_had(tmp_path, monkeypatch, log):
+    saver = lazy(tmp_path)
+    state = {"w": torch.randn(LARGE)}
+    with monkeypatch.context() as patch:
+
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", refuse)
+        saver.save(1, state)
+        saver.fence()
+    assert "can't start new thread" in log.entries[0]["why"]
+    saver.save(2, state)
+    saver.wait()
+    assert same(saved(tmp_path), state)
+    saver.close()
+
+
+def test_interrupted_while_saving(tmp_path, monkeypatch):
+    saver = lazy(tmp_path)
+    state = {"w": torch.randn(LARGE)}
+    saver.save(1, state)
+    saver.wait()
+    submit, calls = saver._made.lanes["device_to_host"].submit, []
+
+    def interrupt(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(saver._made.lanes["device_to_host"], "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        saver.save(2, {**state, "v": torch.randn(LARGE)})
+    saver.close()
+    assert same(saved(tmp_path), state) and [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_giving_up_at_close_is_told(tmp_path, capsys, monkeypatch):
+    saver = lazy(tmp_path, rates={"disk_write": 2 * MB})
+    saver.save(1, {"w": torch.randn(LARGE)})
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saver._made, "drain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        saver.close()
+    assert "gave up the checkpoints of steps [1]" in capsys.readouterr().err
+
+
 def test_little_memory_makes_a_smaller_ring_and_says_so(tmp_path, monkeypatch, log):
     monkeypatch.setattr(pipeline, "host_memory_left", lambda: 512 << 10)
     saver = lazy(tmp_path)

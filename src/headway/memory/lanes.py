@@ -125,7 +125,7 @@ class Lane:
             wait: for room in the queue; False for those who hold what the queue's jobs need to end.
 
         Raises:
-            RuntimeError: the lane is closed.
+            RuntimeError: the lane is closed, or the system gives no thread.
         """
         job = Job(self, work, nbytes, label, then)
         with self._changed:
@@ -141,8 +141,13 @@ class Lane:
             self.report.peak_queued_bytes = max(self.report.peak_queued_bytes, self._queued)
             if len(self._jobs) > self._idle and len(self._threads) < self.workers:
                 thread = threading.Thread(target=self._work, name=f"headway-{self.name}", daemon=True)
+                try:
+                    thread.start()  # it waits for the lock
+                except RuntimeError:  # no memory for its stack
+                    self._jobs.remove(job)
+                    self._queued -= nbytes
+                    raise
                 self._threads.add(thread)
-                thread.start()
             self._changed.notify_all()
         return job
 

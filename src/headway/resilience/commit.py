@@ -10,7 +10,7 @@ from typing import Any
 
 from headway.core.errors import CheckpointError
 from headway.core.meters import versions as library_versions
-from headway.memory.lanes import Lane
+from headway.memory.lanes import Job, Lane
 from headway.resilience.folders import new_folder, prune
 from headway.resilience.manifest import raise_errors, write_bytes, write_manifest
 from headway.resilience.ranks import Ranks
@@ -57,9 +57,9 @@ class Committer:
                     version.folder = Path(name)
             return version.folder
 
-    def persist(self, version: Version) -> None:
-        """Sync what this process wrote, and see to the commit."""
-        for job in version.writes:  # where several write, others may still be at it
+    def persist(self, version: Version, writes: list[Job]) -> None:
+        """Sync what this process wrote, ``writes``, and see to the commit."""
+        for job in writes:  # where several write, others may still be at it
             job.wait()
         try:
             if version.error is None:

@@ -120,7 +120,13 @@ class Pipeline:
         self.counts["bytes"] += sum(source.tensor.nbytes for source in found)
         self._versions.append(version)
         self._last = version
-        self._begin(version, eager=bool(first.pieces))
+        try:
+            self._begin(version, eager=bool(first.pieces))
+        except BaseException as error:
+            version.fail(error, self._commits.who)
+            self._staged(version)  # whose commit will find it failed, and tidy up
+            if not isinstance(error, Exception):
+                raise
         self.seconds["save"] += time.perf_counter() - start
         return final
 
@@ -196,10 +202,8 @@ class Pipeline:
         failed = []
         for version in list(self._versions):
             if version.staged.is_set() and not version.unchanged:
-                if version.error is None and (source := version.changed()):
-                    self._withdraw(version, ChangedError(source.keys[0]))
-                version.sources, version.batches = [], []
-                version.unchanged = True
+                if (changed := version.let_go()) is not None:
+                    self._withdraw(version, changed)
                 if version.committed and not version.pruned:
                     self.lanes["disk_write"].submit(partial(self._commits.prune, version), 0, "prune", wait=False)
             if version.done.is_set():
@@ -343,9 +347,8 @@ class Pipeline:
     def _staged(self, version: Version) -> None:
         version.staged.set()
         try:
-            self.lanes["disk_write"].submit(
-                partial(self._commits.persist, version), 0, f"sync {version.step}", wait=False
-            )
+            work = partial(self._commits.persist, version, list(version.writes))
+            self.lanes["disk_write"].submit(work, 0, f"sync {version.step}", wait=False)
         except RuntimeError as error:
             version.fail(error)
             version.persisted.set()

@@ -36,6 +36,7 @@ class Version:
     """Committed or failed."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     opening: threading.Lock = field(default_factory=threading.Lock)
+    looking: threading.Lock = field(default_factory=threading.Lock)
     folder: Path | None = None
     stack: ExitStack = field(default_factory=ExitStack)
     """Publishes the folder when it is closed, removes it when it is left with an error."""
@@ -70,8 +71,17 @@ class Version:
         Raises:
             ChangedError: a tensor was.
         """
-        if not self.unchanged and (source := self.changed()):
+        with self.looking:  # nobody passes the fence, and changes something, meanwhile
+            source = None if self.unchanged else self.changed()
+        if source is not None:
             raise ChangedError(source.keys[0])
+
+    def let_go(self) -> ChangedError | None:
+        """The copies are made: look for changes a last time and drop the tensors, in the thread that saved them."""
+        with self.looking:
+            source = self.changed() if self.error is None else None
+            self.sources, self.batches, self.unchanged = [], [], True
+        return ChangedError(source.keys[0]) if source is not None else None
 
     @property
     def status(self) -> str:

@@ -170,6 +170,8 @@ def test_what_is_too_large():
         *(math.inf * s for s in (1, -1, 1, -1)),
     ]
     assert decode(encode(x, E5M2, "zero", "special"), E5M2).tolist() == [57344, 57344, -57344, math.inf, -math.inf]
+    far = torch.tensor([7e4, -1e9, 1e30, math.inf])
+    assert decode(encode(far, E5M2, "zero", "special"), E5M2).tolist() == [57344, -57344, 57344, math.inf]
     fnuz = decode(encode(torch.tensor([1e9, -1e9, math.inf]), E4M3FNUZ, overflow="special"), E4M3FNUZ)
     assert bool(torch.isnan(fnuz).all())
     assert decode(encode(torch.tensor([math.inf, -math.inf, 300.0]), INT8), INT8).tolist() == [127, -127, 127]
@@ -223,6 +225,14 @@ def test_what_is_a_number_of_the_format_stays(format):
     for rounding in ("nearest", "stochastic", "zero"):
         for _ in range(3):
             assert torch.equal(decode(encode(x, format, rounding), format, torch.float64), x)
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_rarest_draws_leave_the_numbers_of_the_format_alone(monkeypatch, draw):
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: torch.full(shape, draw, dtype=how["dtype"]))
+    for format in (E4M3, E2M1, INT8, TABLES[0], format_named("fixed<2,14>")):
+        x = torch.tensor([v for v in format.numbers if math.isfinite(v) and format.min <= v])
+        assert torch.equal(decode(encode(x, format, "stochastic"), format), x)
 
 
 def test_draws_belong_to_the_generator_and_their_number_to_the_shape():

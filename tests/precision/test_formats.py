@@ -24,7 +24,7 @@ FIXED = [f for f in FORMATS.values() if isinstance(f, FixedFormat)]
 
 def same(got, expected):
     """Equal to the sign of zero, NaN where NaN is."""
-    got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    got, expected = (torch.as_tensor(numbers, dtype=torch.float64).numpy() for numbers in (got, expected))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
     there = ~np.isnan(expected)
     np.testing.assert_array_equal(got[there], expected[there])
@@ -55,7 +55,7 @@ def test_every_code_of_the_floating_formats(format):
 
 
 @pytest.mark.parametrize("specials", ["ieee", "fn", "fnuz", "none"])
-@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 0, None), (3, 4, -2), (5, 3, 20), (4, 1, 7), (8, 7, 127)])
+@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 0, None), (3, 4, -2), (5, 3, 20), (4, 1, 7), (8, 2, 127)])
 def test_every_code_of_formats_of_your_own(shape, specials):
     if shape[0] == 1 and specials == "ieee":
         pytest.skip("one exponent bit leaves IEEE nothing")
@@ -94,7 +94,7 @@ def test_ml_dtypes_decodes_the_same(name, other):
 
 @pytest.mark.parametrize(
     "format",
-    [*FIXED, BLOCK_FORMATS["mxint8"].element, format_named("fixed<2,14>"), format_named("fixed<3,2>")],
+    [*FIXED, BLOCK_FORMATS["mxint8"].element, format_named("fixed<2,7>"), format_named("fixed<3,2>")],
     ids=str,
 )
 def test_every_code_of_the_fixed_formats(format):
@@ -122,6 +122,7 @@ def test_the_numbers_that_the_specifications_print():
     assert (FORMATS["int8"].min, FORMATS["int8"].max, FORMATS["int4"].min) == (-127, 127, -7)
     gupta = format_named("fixed<2,14>")
     assert (gupta.bits, gupta.min, gupta.max) == (16, -2, 2 - 2**-14)
+    assert gupta.numbers == tuple(np.arange(2**16).astype(np.uint16).view(np.int16) / 2.0**14)
     assert BLOCK_FORMATS["mxfp4"].bits == 4.25 and BLOCK_FORMATS["nvfp4"].bits == 4.5
 
 

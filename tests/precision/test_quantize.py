@@ -241,6 +241,10 @@ def test_nvfp4_has_two_levels():
     steps = x.view(8, 4, 16) / (block * tensor)[..., None]
     assert torch.equal(q.unpacked().view(8, 4, 16), encode(steps, E2M1, fast=False))
     assert q.nbytes == 8 * 32 + 8 * 4 + 4
+    faint = torch.cat([torch.full((16,), 6.0 * 448), torch.full((16,), 6 * 0.9 * 2.0**-10)])
+    q = quantize(faint, "nvfp4")
+    assert q.tensor_scale == 1 and q.scale_values().tolist() == [448, 2.0**-9]
+    assert q.dequantize()[16:].tolist() == [3 * 2.0**-9] * 16, "a block too faint for its scale still counts"
     zero = quantize(torch.zeros(16), "nvfp4")
     assert zero.dequantize().tolist() == [0.0] * 16
 
@@ -256,6 +260,10 @@ def test_scales_in_bf16_and_scales_given():
     assert torch.equal(q.dequantize(), (x / given[:, None]).round().clamp(-127, 127) * given[:, None])
     with pytest.raises(HeadwayError, match="wrong shape"):
         quantize(x, "int8", scale=given)
+    x[0, 0] = math.nan
+    for how in (given, Scale("none")):
+        with pytest.raises(HeadwayError, match="has no NaN"):
+            quantize(x, "int8", G.row(), scale=how)
     with pytest.raises(HeadwayError, match="above zero"):
         quantize(x, "int8", G.row(), scale=given * 0)
 

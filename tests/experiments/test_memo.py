@@ -5,6 +5,8 @@ Needs nothing. Run: pytest tests/experiments/test_memo.py
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,7 +65,22 @@ def test_mixed_lengths():
     assert found["allocations"] > 500 and found["reserved"] >= found["allocated"]
 
 
-def test_every_expectation_has_a_measurement(tmp_path):
-    names = {expectation.measure for expectation in experiment.expectations}
-    assert {"gradient_error", "recomputed", "time_above", "time_below", "fragmentation", "worked_alpha"} <= names
-    assert not torch.cuda.is_available() or "gpu_peak" in names
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_expectation_has_a_measurement(quick, monkeypatch):
+    arm = {"saved": 2.0, "peak": 2.0, "recomputed": 1.0}
+    found = {
+        "counted": {"none": arm, "checkpoint": arm, "memo, 0": arm},
+        "half": {"none": arm, "memo, 0.5": arm},
+        "rate": {"rate": 1e9},
+        "times": {"ratios": [1.0, 1.1], "stalls": [0.0, 0.1], "alpha": 0.5, "unclipped": 0.5, "sets": 2},
+        "gpu": {f"{what} {name}": 1.0 for what in ("peak", "seconds") for name in ("none", "checkpoint", "memo")},
+        "fragmentation": dict.fromkeys(
+            ("reserved_over_planned", "reserved", "allocated", "planned", "lower_bound", "allocations"), 1
+        ),
+    }
+    context = SimpleNamespace(
+        quick=quick, keep=lambda name, _: found.get(name.split()[0], 0.0), say=lambda _: None, show=lambda _: None
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    needed = {e.measure for e in experiment.expectations if not (quick and e.only == "cuda")}
+    assert needed <= memo.measure(context).keys()

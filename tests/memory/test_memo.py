@@ -667,6 +667,8 @@ def test_the_memory_plan_is_reported(tmp_path: Path) -> None:
     train(recipe, run=tmp_path / "run")
     plan = Run(tmp_path / "run").summary["reports"]["memo"]["memory_plan"]
     assert plan["allocations"] > 100 and plan["lower_bound"] <= plan["planned"] <= 1.1 * plan["lower_bound"]
+    short = Run(train({**recipe, "train": {**recipe["train"], "steps": 2}}, run=tmp_path / "short").path)
+    assert "third step" in short.summary["reports"]["memo"]["memory_plan"]
     trainer = build_trainer(Recipe.load(recipe))
     plain = build_trainer(Recipe.load(recipe).override("methods.memo.memory_plan=false"))
     assert [trainer.train_step()["loss"] for _ in range(4)] == [plain.train_step()["loss"] for _ in range(4)]

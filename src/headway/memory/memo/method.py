@@ -137,8 +137,12 @@ class MemoMethod(Method):
         """What was swapped, recomputed and waited for, and the plans."""
         if self.memo is None:
             return {}
-        plan = {"memory_plan": report_of(self.trace)} if self.trace is not None else {}
-        return self.memo.report() | plan
+        report = self.memo.report()
+        if self.trace is not None:
+            report["memory_plan"] = report_of(self.trace)
+        elif self.options.memory_plan:
+            report["memory_plan"] = "none: it takes a third step"
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """The plans."""

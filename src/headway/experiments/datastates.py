@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import statistics
@@ -176,7 +178,8 @@ def _torn(setting: Setting, count: int) -> int:
         victim.mul_(-1) if rng.random() < 0.5 else victim.data.mul_(-1)  # the latter raises no counter
         expected = {key: tensor.clone() for key, tensor in state.items()}
         saver._pipeline.drain()
-        saver.fence()
+        with contextlib.redirect_stderr(io.StringIO()):  # every torn save is told of
+            saver.fence()
         path = setting.folder / "torn" / f"step-{step:08d}"
         if path.exists():
             # Right if the change came after all of that tensor had been copied: then it is the state of the save.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class AsyncSave(NoCheckpoints):
         writer = FileSystemWriter(path, sync_files=True)
         if self.rate:
             writer.fs = Throttled(self.rate)
-        saved: Any = dcp.async_save(flatten(state)[1], storage_writer=writer, no_dist=True)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            saved: Any = dcp.async_save(flatten(state)[1], storage_writer=writer, no_dist=True)  # type: ignore[arg-type]
         self._future = getattr(saved, "upload_completion", saved)
         return path
 

@@ -594,6 +594,33 @@ def test_a_state_that_mixes_two_steps_is_refused() -> None:
         other.state[next(iter(other.masters.values()))] = {"step": torch.ones(()), "momentum_buffer": torch.ones(1)}
 
 
+def test_a_state_of_another_optimizer_is_refused_before_anything_is_loaded() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    optimizer = InterleavedOffload(model.named_parameters(), stride=2, subgroup=4096, lr=0.1)
+
+    def step() -> None:
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    step()
+    before = [p.detach().clone() for p in model.parameters()]
+    saved["state"]["2.weight"]["max_exp_avg_sq"] = torch.zeros(())
+    with pytest.raises(HeadwayError, match="is not Adam's"):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.close()
+
+
+def test_a_lane_that_would_mix_up_gradients_is_refused() -> None:
+    lanes = Lanes(workers={"device_to_host": 2})
+    with pytest.raises(HeadwayError, match="2 workers, and gradients would lose their order"):
+        InterleavedOffload(nn.Linear(64, 64).parameters(), stride=None, workers=Workers(lanes))
+    lanes.close()
+
+
 def test_subgroups_of_one_parameter_that_disagree_are_found() -> None:
     model, optimizer = offloaded(subgroup=64)
     train(model, optimizer, batches(1))

@@ -81,7 +81,11 @@ class SAM(Method):
                 tensor.grad = None
             with torch.random.fork_rng():  # both passes see the same dropout
                 loss = forward_backward(micro, targets)
-            moved = [(p, t.grad.to(p.dtype)) for p, t in zip(self._parameters, self._gathered) if t.grad is not None]
+            moved = [
+                (p, t.grad.to(p.device, p.dtype))
+                for p, t in zip(self._parameters, self._gathered)
+                if t.grad is not None
+            ]
             self._checkpointer.fence()
             before = ascend([p for p, _ in moved], [g for _, g in moved], self.options.rho)
             for tensor, gradient in zip(self._gathered, kept):

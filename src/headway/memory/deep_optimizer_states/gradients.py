@@ -30,6 +30,9 @@ class Gradients:
         on_host: for each, whether that is in host memory.
         lane: of the link, device to host.
         asynchronous: do not wait for a gradient to be on the host before the backward pass goes on.
+
+    Raises:
+        HeadwayError: the lane has several workers: a micro-batch's gradient is copied before the next one's is added.
     """
 
     def __init__(
@@ -40,6 +43,9 @@ class Gradients:
         lane: Lane,
         asynchronous: bool = True,
     ) -> None:
+        if lane.workers > 1:
+            raise HeadwayError(f"lane {lane.name}", f"has {lane.workers} workers, and gradients would lose their order",
+                               expected="one worker")  # fmt: skip
         self.params, self.gathered, self.on_host = list(params), list(gathered), list(on_host)
         self.lane, self.asynchronous = lane, asynchronous
         self.shipped_bytes = 0

@@ -282,6 +282,7 @@ class InterleavedOffload(torch.optim.Optimizer):
         for name, p in zip(names, self._tensors.params, strict=True):
             if state["masters"][name].shape != p.shape:
                 raise HeadwayError(name, f"is {list(state['masters'][name].shape)} in the state, here {list(p.shape)}")
+            State.check(state["state"].get(name))
             saved, known = int(state["state"].get(name, {}).get("step", 0)), state["steps"][name]
             if saved != known:
                 raise HeadwayError(name, f"has the state of step {saved} where its subgroup was at step {known}",

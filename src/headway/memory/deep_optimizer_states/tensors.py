@@ -159,9 +159,9 @@ class State(MutableMapping[Tensor, dict[str, Any]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    @torch.no_grad()
-    def put(self, param: Tensor, values: dict[str, Any] | None) -> None:
-        """Write a parameter's state; None: it has had no step.
+    @staticmethod
+    def check(values: dict[str, Any] | None) -> None:
+        """Look at a parameter's state before anything of it is written.
 
         Raises:
             HeadwayError: it is another optimizer's.
@@ -169,6 +169,15 @@ class State(MutableMapping[Tensor, dict[str, Any]]):
         if values is not None and values.keys() != {"step", *MOMENTS}:
             raise HeadwayError("optimizer state", f"is not Adam's: it has {', '.join(values)}",
                                expected=f"step, {', '.join(MOMENTS)}")  # fmt: skip
+
+    @torch.no_grad()
+    def put(self, param: Tensor, values: dict[str, Any] | None) -> None:
+        """Write a parameter's state; None: it has had no step.
+
+        Raises:
+            HeadwayError: it is another optimizer's.
+        """
+        self.check(values)
         for own, key in zip(self._tensors.moments[param], MOMENTS, strict=True):
             if values is None:
                 own.zero_()

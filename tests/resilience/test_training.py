@@ -97,3 +97,11 @@ def test_a_disk_that_is_full_for_a_while(tiny, tmp_path, monkeypatch):
 def test_the_interval_that_is_chosen(tiny, tmp_path):
     run = train(tiny(train={"steps": 45}, checkpoint={"every": "auto", "overhead": 1.0}), run=tmp_path / "run")
     assert states(run).keys() >= {"step-00000045"} and run.recipe.checkpoint.every == "auto"
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("lazy", 3), ("plain", None)])
+def test_the_summary_tells_what_saving_has_cost(tiny, tmp_path, mode, expected):
+    run = train(tiny(train={"steps": 4}, checkpoint={"mode": mode, "every": 2}), run=tmp_path / "run")
+    report = run.summary["checkpoints"]
+    assert report.get("committed") == report.get("saved") == expected  # two on the way, one with the last evaluation
+    assert report.get("failed", 0) == 0

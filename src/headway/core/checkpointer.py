@@ -29,6 +29,9 @@ class Checkpointer(Protocol):
             CheckpointError: a checkpoint could not be written.
         """
 
+    def report(self) -> dict[str, Any]:
+        """What saving has cost, for the run's summary: plain data."""
+
     def load(self) -> dict[str, Any] | None:
         """The newest complete state, tensors on the CPU, or None if there is none."""
 
@@ -50,6 +53,10 @@ class NoCheckpoints:
 
     def wait(self) -> None:
         """Nothing is being written."""
+
+    def report(self) -> dict[str, Any]:
+        """Nothing was done."""
+        return {}
 
     def load(self) -> None:
         """Find nothing."""

@@ -130,6 +130,7 @@ def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "methods": trainer.changes,
         "reports": {method.card.name: report for method in trainer.methods if (report := method.report())},
+        "checkpoints": trainer.checkpointer.report(),
         "fallbacks": entries(),
         "hardware": meters.hardware(),
         "versions": meters.versions(),

@@ -82,5 +82,9 @@ class PlainCheckpointer(SavedStates):
     def wait(self) -> None:
         """Whatever was saved is on the disk."""
 
+    def report(self) -> dict[str, Any]:
+        """Nothing is kept of it: training stood still meanwhile."""
+        return {}
+
     def close(self) -> None:
         """Nothing is open between two calls."""

@@ -261,6 +261,16 @@ def test_layers_of_transformers(family: str, padded: bool) -> None:
             assert (ours[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-12, name
 
 
+def test_a_cache_that_is_filled_in_training_is_said_to_keep_activations() -> None:
+    model, log = transformers_model("Llama"), FallbackLog()
+    use_log(log)
+    with memo_activations(structure(model).blocks, 0.5) as memo:
+        model.eval()(input_ids=batch()["tokens"])  # generates, as far as anybody knows
+        assert not log.entries
+        model.train()(input_ids=batch()["tokens"]).logits.sum().backward()
+        assert memo.counts.passes == 0 and len(log.entries) == 1 and "use_cache=False" in log.entries[0]["why"]
+
+
 def test_what_cannot_be_taken_apart_is_refused_and_nothing_is_replaced() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.core.errors import HeadwayError, MethodError
+from headway.core.fallback import fallback
 from headway.core.surgery import Shell, replace_blocks, restore_blocks
 from headway.core.units import human
 from headway.memory.backends import Backend, HostBackend
@@ -118,6 +119,7 @@ class Memo:
         """Seconds of a block's forward pass and bytes per second of the link, when the newest plan was made."""
         self._seen: Counter[Shape] = Counter()
         self._pass: Pass | None = None
+        self._said = False
         made = iter(range(len(blocks)))
         replace_blocks(blocks, lambda block: self._shell(block, next(made)), "methods.memo")
 
@@ -131,6 +133,13 @@ class Memo:
 
     def __deepcopy__(self, memo: Any) -> Memo:
         return self  # a copy of the model shares the buffers, as it shares the device
+
+    def keeps_for_cache(self) -> None:
+        """Say, once, that a block is trained while it fills a cache, and so keeps its activations."""
+        if not self._said:
+            self._said = True
+            fallback("keeping activations that were to be swapped", "a cache is filled in training: pass "
+                     "use_cache=False", "the memory that they take")  # fmt: skip
 
     # A pass, forward.
 
@@ -287,7 +296,7 @@ class KeptBlock(Shell):
 
     def forward(self, x: Tensor, *args: Any, **shared: Any) -> Any:
         """As the block."""
-        if not _trained(self.original, x, shared):
+        if not _trained(self.memo, self.original, x, shared):
             return self.original(x, *args, **shared)
         memo, index = self.memo, self.index
         pass_ = memo.current(index, tuple(x.shape[:2]))  # type: ignore[arg-type]
@@ -310,7 +319,7 @@ class SwappedBlock(Shell):
     def forward(self, x: Tensor, *args: Any, **shared: Any) -> Any:
         """As the block; where no gradient is wanted, or a cache is filled, the block itself."""
         block, memo, index = self.original, self.memo, self.index
-        if not _trained(block, x, shared) or x.shape[1] < 2:
+        if not _trained(memo, block, x, shared) or x.shape[1] < 2:
             return block(x, *args, **shared)
         if args:
             raise TypeError("a swapped block takes what it shares with others by keyword")
@@ -379,11 +388,13 @@ def memo_activations(
         memo.close()
 
 
-def _trained(block: nn.Module, x: Tensor, shared: dict[str, Any]) -> bool:
+def _trained(memo: Memo, block: nn.Module, x: Tensor, shared: dict[str, Any]) -> bool:
     """Whether a backward pass will follow."""
     cached = shared.get("cache", shared.get("past_key_values")) is not None
-    wanted = x.requires_grad or any(p.requires_grad for p in block.parameters())
-    return not cached and torch.is_grad_enabled() and wanted
+    wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    if cached and wanted and block.training:
+        memo.keeps_for_cache()
+    return wanted and not cached
 
 
 def _name(shape: Shape) -> str:

@@ -83,6 +83,8 @@ def _side_by_side(context: Context) -> dict[str, Any]:
         try:
             arms[way.name] = LiveArm(way.name, _recipe(context, way))
         except HeadwayError as error:
+            if way.ours:
+                raise
             refused[way.name] = str(error)
             context.say(f"{way.name}: not here: {error}")
             continue

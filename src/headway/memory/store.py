@@ -169,7 +169,7 @@ class TieredStore:
         except Exception as error:
             with self.lock:
                 self._forget(handle)
-                self.failure = self.failure or error
+                self.failure = self.failure or error.with_traceback(None)  # whose frames hold the tensor
                 self.capacity = min(self._resident, self._resident if self.capacity is None else self.capacity)
                 self.report.kept += self.keep_on_failure
                 if self.keep_on_failure:

@@ -37,11 +37,16 @@ REFUSED_PAIRS = {
 }
 
 
+def clip(names: tuple[str, ...]) -> dict[str, Any]:
+    """Fuyou updates under the backward pass only without exact clipping."""
+    return {"clip": None} if "fuyou" in names else {}
+
+
 def recipe(tiny: Any, *names: str, **train: Any) -> Recipe:
     return Recipe.load(
         tiny(
             model={"layers": 4},
-            train={"steps": 4, **train},
+            train={"steps": 4, **clip(names), **train},
             methods={name: OPTIONS[name] for name in names},
             checkpoint={"mode": "lazy", "every": 1, "host_cache": "64KiB"},
             log={"every": 1, "tensorboard": False},
@@ -81,8 +86,11 @@ def test_with_the_losses_of_the_plain_run_or_refused(names, setting, tiny, plain
         return
     assert names not in REFUSED_PAIRS
     tolerance = 1e-2 if "bf16" in setting else 1e-5
-    expected = plain(recipe(tiny, **SETTINGS[setting]))
+    expected = plain(recipe(tiny, **clip(names), **SETTINGS[setting]))
     assert [trainer.train_step()["loss"] for _ in range(4)] == pytest.approx(expected, rel=tolerance)
+    for method in trainer.methods:
+        if method.card.name == "fuyou":
+            assert method.report()["updates_during_backward"] > 0
 
 
 @pytest.mark.parametrize("names", [pair for pair in PAIRS if pair not in REFUSED_PAIRS], ids="+".join)

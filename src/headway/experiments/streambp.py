@@ -96,20 +96,19 @@ def _gradient_error() -> float:
     return worst
 
 
-def _longest(budget: int, shortest: int) -> int:
-    """The longest sequence whose streamed step stays within ``budget``, to within 1/16.
+def _longest(budget: int, known: dict[int, int]) -> int:
+    """A sequence length, in steps of 256, whose streamed step stays within ``budget``, and near the longest.
 
-    Memory is nearly linear in the length; each guess is checked by counting.
+    Memory is nearly linear in the length: the line through the two longest of ``known`` (length -> bytes) gives the
+    guess, and counting it decides; a guess that takes too much is lowered by a sixteenth.
     """
-    low, high = shortest, shortest
-    while _above_fixed("streambp", high) <= budget:
-        low, high = high, high * 2
-    while high - low > low // 16:
-        middle = (low + high) // 2 // 256 * 256
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if _above_fixed("streambp", middle) <= budget else (low, middle)
-    return low
+    (n, low), (m, high) = sorted(known.items())[-2:]
+    length = m + int((budget - high) * (m - n) / (high - low))
+    while (length := length // 256 * 256) > m:
+        if _above_fixed("streambp", length) <= budget:
+            return length
+        length -= length // 16
+    return max(k for k, taken in known.items() if taken <= budget)
 
 
 def _time_ratios(length: int, of: str, to: str, repeats: int) -> list[float]:
@@ -153,7 +152,8 @@ def measure(context: Context) -> dict[str, Measurement]:
 
     base = 1024 if quick else BASELINE_LENGTH
     budget = context.keep(f"budget {base}", lambda: _above_fixed("recompute", base))
-    longest = context.keep(f"longest {base}", lambda: _longest(budget, base))
+    known = dict(zip(lengths, peaks["streambp"]))
+    longest = context.keep(f"longest {base}", lambda: _longest(budget, known))
     context.say(f"in {budget / 2**20:.0f} MiB: recomputation {base} tokens, StreamBP {longest}")
     results["length_ratio"] = Measurement(longest / base, note=f"{longest} tokens against {base}")
 
@@ -187,7 +187,7 @@ experiment = Experiment(
         Expectation("time_8k", "0.95 at 12k, 0.87 at 24k", at_most(1.0), only="full",
                     title="time per token at 8k tokens, streamed / recomputed"),
     ),
-    minutes=6,
+    minutes=8,
     notes=(
         "A Llama of width 256 with 4 blocks and a vocabulary of 32,000, one sequence, fp32, on a CPU. The baseline is "
         "recomputation of each block with the whole logits, as in the paper; the rows named chunked_head are against "

@@ -39,6 +39,7 @@ class Shards:
                 Item(key, source.shape, dtype, offsets, piece.sizes, file.path.name, offset, file.tell() - offset)
                 for key, offsets in piece.names
             ]
+            del view  # while it is alive its memory must be known as the host's, which ends with the next turn
         raise_errors([file])
         with self._lock:
             self._idle.append(file)

@@ -21,11 +21,13 @@ from headway.core.errors import CheckpointError, HeadwayError, RecipeError
 from headway.core.meters import live_bytes, live_peak
 from headway.core.options import parse_options
 from headway.memory.lanes import Lanes
+from headway.resilience import lazy as lazy_module
 from headway.resilience import limits, pipeline
 from headway.resilience.lazy import LazyCheckpointer
 from headway.resilience.reading import SavedStates
 from headway.resilience.staging import _sample as staging_sample
 from headway.resilience.staging import boxes
+from headway.resilience.version import Version
 from tests.resilience.states import same
 
 MB = 1 << 20
@@ -137,6 +139,36 @@ def test_a_change_seen_only_after_the_commit_withdraws_it(tmp_path, log):
     assert same(saved(tmp_path), before), "with keep: 1 the one before must still be there"
     assert "w: was changed" in log.entries[0]["why"]
     saver.close()
+
+
+def test_a_change_seen_in_the_middle_of_the_commit(tmp_path, monkeypatch, log):
+    saver = lazy(tmp_path, keep=1)
+    state = {"w": torch.randn(LARGE)}
+    saver.save(1, state)
+    saver.wait()
+    before, seen = clone(state), threading.Event()
+    let_go, publish = Version.let_go, saver._made._commits._publish
+
+    def change_late(version):
+        state["w"].add_(1)
+        error = let_go(version)
+        seen.set()
+        version.done.wait(10)  # the commit goes on in between
+        return error
+
+    def publish_late(version):
+        seen.wait(10)
+        publish(version)
+
+    monkeypatch.setattr(saver._made._commits, "_publish", publish_late)
+    saver.save(2, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(Version, "let_go", change_late)
+        saver.fence()
+    saver._made.drain()
+    saver.close()
+    assert same(saved(tmp_path), before), "with keep: 1 the one before must still be there"
+    assert "w: was changed" in log.entries[0]["why"]
 
 
 def test_two_hundred_random_interleavings(tmp_path, monkeypatch):
@@ -416,6 +448,31 @@ def test_no_thread_to_be_had(tmp_path, monkeypatch, log):
     saver.close()
 
 
+def test_no_thread_to_write_gives_the_ring_back(tmp_path, monkeypatch, log):
+    saver = lazy(tmp_path, host_cache=MB)
+    state = {"w": torch.randn(LARGE)}
+    saver.save(1, state)
+    saver.wait()
+    lane, calls = saver._made.lanes["disk_write"], []
+    submit = lane.submit
+
+    def refuse_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(lane, "submit", refuse_once)
+    saver.save(2, state)
+    saver.fence()
+    saver._made.drain()
+    assert saver._made._ring.empty, "who comes next waits for it for ever"
+    saver.save(3, state)
+    saver.wait()
+    assert same(saved(tmp_path), state) and "can't start new thread" in log.entries[0]["why"]
+    saver.close()
+
+
 def test_interrupted_while_saving(tmp_path, monkeypatch):
     saver = lazy(tmp_path)
     state = {"w": torch.randn(LARGE)}
@@ -494,6 +551,18 @@ def test_a_process_that_ends_without_closing_still_writes(tmp_path):
     assert same(saved(tmp_path), {"w": torch.ones(400_000)})
 
 
+def test_a_process_that_ends_without_closing_says_what_was_not_written(tmp_path):
+    code = (
+        "import sys, torch; from headway.resilience import lazy, shards\n"
+        "def full(*_): raise OSError(28, 'No space left on device')\n"
+        "shards.Shards.write = full\n"
+        "saver = lazy.LazyCheckpointer(lazy.LazyCheckpointer.Options(), sys.argv[1])\n"
+        "saver.save(1, {'w': torch.ones(400_000)})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "no checkpoint of step 1" in done.stderr and "No space left on device" in done.stderr
+
+
 def test_loading_waits_for_what_is_being_saved(tmp_path):
     saver = lazy(tmp_path, rates={"disk_write": 20 * MB})
     state = {"w": torch.randn(LARGE)}
@@ -560,6 +629,12 @@ def test_automatic_interval(tmp_path):
     saver.wait()
     assert saves[0] == 20 and saver.every >= 1
     saver.close()
+
+
+def test_several_processes_do_not_choose_an_interval_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_module.Ranks, "__init__", lambda self, *_: setattr(self, "world", 2))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.every: is auto"):
+        lazy(tmp_path, every="auto")
 
 
 @pytest.mark.parametrize(

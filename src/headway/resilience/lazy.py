@@ -53,7 +53,7 @@ class LazyCheckpointer(SavedStates):
         timeout: seconds after which a silent process counts as gone.
 
     Raises:
-        CheckpointError: ``folder`` is a file.
+        CheckpointError: ``folder`` is a file, or several processes were to choose ``every`` each.
     """
 
     class Options(BaseOptions):
@@ -99,6 +99,9 @@ class LazyCheckpointer(SavedStates):
         super().__init__(folder)
         self.options = options
         self._ranks = Ranks(self.folder, timeout)
+        if self._ranks.world > 1 and options.every == "auto":
+            raise CheckpointError("checkpoint.every", "is auto: every process would choose its own from its own times",
+                                  expected="a number of steps, the same in all")  # fmt: skip
         self._lanes = lanes
         self._made: Pipeline | None = None
         self._loads = 0

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headway.core.errors import CheckpointError
 from headway.core.fallback import fallback
 from headway.core.units import human
 from headway.memory.backends import side_stream
@@ -110,8 +109,8 @@ class Pipeline:
         self._settle()
         final = self.folder / folder_name(step)
         version = Version(step, self._number, final, plain, Shards(self.ranks.rank))
+        self._number += 1  # also where the next line fails: all processes must go on with the same number
         found = sources(tensors, self._mine(version.number, tensors))
-        self._number += 1
         small, large = self._split(found)
         version.sources = large
         first = self._copied(small)
@@ -202,8 +201,8 @@ class Pipeline:
         failed = []
         for version in list(self._versions):
             if version.staged.is_set() and not version.unchanged:
-                if (changed := version.let_go()) is not None:
-                    self._withdraw(version, changed)
+                if version.let_go() is not None:
+                    self._withdraw(version)
                 if version.committed and not version.pruned:
                     self.lanes["disk_write"].submit(partial(self._commits.prune, version), 0, "prune", wait=False)
             if version.done.is_set():
@@ -226,9 +225,8 @@ class Pipeline:
             why += "; from now on it is copied when it is saved"
         fallback(f"no checkpoint of step {version.step}", why, f"time, if the run had to start again: from {start}")
 
-    def _withdraw(self, version: Version, error: CheckpointError) -> None:
+    def _withdraw(self, version: Version) -> None:
         with version.lock:
-            version.fail(error)
             if version.committed:
                 version.committed = False
                 remove(version.final)
@@ -339,8 +337,9 @@ class Pipeline:
                     then=lambda _: self._give(batch), wait=False,
                 )
             )  # fmt: skip
-        except RuntimeError as error:  # closed in the middle
+        except Exception as error:  # closed in the middle, or there is no thread to be had
             version.fail(error)
+            self._give(batch)  # whoever comes next would wait for its place in the ring for ever
         if last:
             self._staged(version)
 
@@ -371,7 +370,8 @@ class Pipeline:
 
 
 def _drain_at_exit(pipeline: weakref.ref[Pipeline], pid: int) -> None:
-    """A process that ends without `close` still writes what it has copied."""
+    """A process that ends without `close` still writes what it has copied, and says what it could not."""
     found = pipeline()
     if found is not None and os.getpid() == pid:
         found.drain()
+        found._settle()

@@ -80,8 +80,12 @@ class Version:
         """The copies are made: look for changes a last time and drop the tensors, in the thread that saved them."""
         with self.looking:
             source = self.changed() if self.error is None else None
-            self.sources, self.batches, self.unchanged = [], [], True
-        return ChangedError(source.keys[0]) if source is not None else None
+            error = ChangedError(source.keys[0]) if source is not None else None
+            if error is not None:
+                self.fail(error)
+            # What changed must not count as sure for a moment: its commit would remove the checkpoints before it.
+            self.sources, self.batches, self.unchanged = [], [], error is None
+        return error
 
     @property
     def status(self) -> str:

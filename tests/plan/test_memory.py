@@ -154,7 +154,7 @@ def test_probes_leave_no_files_behind(deep, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_probe_does_not_live_on(deep, tmp_path, monkeypatch):
+def test_an_interrupted_probe_does_not_live_on(deep, tmp_path, monkeypatch, request):
     (tmp_path / "sleepy.py").write_text(
         "import os, pathlib, time\n"
         "from headway.layers.label_smoothing import LabelSmoothing\n"
@@ -173,6 +173,8 @@ def test_an_interrupted_probe_does_not_live_on(deep, tmp_path, monkeypatch):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of xdist ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), Prober() as prober:
         thread.start()
         prober.measure(deep(methods={"sleepy:Sleepy": {}}))

@@ -20,7 +20,7 @@ MIB = 2**20
 def start(recipe: dict, folder: Path, name: str) -> subprocess.CompletedProcess:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, str(LIMITED), str(path), str(folder / name), str(450 * MIB)]
+    command = [sys.executable, str(LIMITED), str(path), str(folder / name), str(540 * MIB)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
 

@@ -130,4 +130,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(killed(target, int(sys.argv[2]), int(sys.argv[3]))))
+    sys.stdout.write(json.dumps(killed(target, int(sys.argv[2]), int(sys.argv[3]))) + "\n")

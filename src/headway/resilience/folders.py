@@ -60,7 +60,10 @@ def new_folder(folder: Path, step: int) -> Iterator[Path]:
     """
     temporary = folder / f".{folder_name(step)}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
+    made = not folder.exists()
     temporary.mkdir(parents=True)
+    if made:
+        sync_folder(folder.parent)
     lock = os.open(temporary, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks; `_in_use` then goes by the process id

@@ -35,8 +35,9 @@ class Prober:
 
     def __enter__(self) -> Prober:
         command = [sys.executable, "-m", "headway.plan.memory.worker"]
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}  # the profiler warns of memory older than itself
         self._worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=quiet
         )
         self._folders: set[Path] = set()
         return self

@@ -284,7 +284,7 @@ experiment = Experiment(
         Expectation("time_adaptive_slow", "adapts", at_most(1.2), only="full",
                     title="time of a step, adaptive / keep, same link"),
     ),
-    minutes=8,
+    minutes=10,
     notes=(
         "A Llama of width 512 with 8 blocks, fp32, on a CPU: the device is torch's CPU allocator, whose live bytes "
         "are counted, and the host tier is memory outside of it. The link's rate is injected, in units of that which "

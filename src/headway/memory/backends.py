@@ -210,7 +210,7 @@ class FileBackend:
         buffer = self.buffer(nbytes)
         _view(buffer, nbytes).copy_(source)
         checksum = zlib.crc32(memoryview(buffer)[:nbytes]) if self.verify else None
-        path = self.folder / f"{next(self._numbers):08d}"
+        path = self.new_path()
         descriptor = self.open(path, os.O_CREAT | os.O_WRONLY)
         try:
             write_all(descriptor, memoryview(buffer)[: _aligned(nbytes)])
@@ -219,9 +219,17 @@ class FileBackend:
             raise
         finally:
             os.close(descriptor)
+        self.count(nbytes)
+        return Stored(path, nbytes, checksum)
+
+    def new_path(self) -> Path:
+        """A file that is not there yet."""
+        return self.folder / f"{next(self._numbers):08d}"
+
+    def count(self, nbytes: int) -> None:
+        """Note what was written, for the estimate of the drive's life."""
         with self._lock:
             self.bytes_written += nbytes
-        return Stored(path, nbytes, checksum)
 
     def read(self, stored: Stored, into: Tensor) -> None:
         """Read a file back.

@@ -21,13 +21,13 @@ from headway.core.recipe import Recipe
 from headway.core.surgery import replace_blocks
 from headway.core.units import Bytes, human, human_seconds
 from headway.core.workload import StepBatch
-from headway.memory.backends import FileBackend
 from headway.memory.fuyou.activations import Activations
 from headway.memory.fuyou.files import GroupFiles
 from headway.memory.fuyou.groups import Layout, block_groups
 from headway.memory.fuyou.optimizer import TieredOptimizer
 from headway.memory.fuyou.plan import Profile, Tiers, break_even, step_times
 from headway.memory.fuyou.weights import WeightsOnDisk
+from headway.memory.gpudirect import disk_backend
 from headway.memory.lanes import LaneName, Lanes
 from headway.memory.store import TieredStore
 from headway.models.structure import structure
@@ -147,7 +147,7 @@ class Fuyou(Method):
             blocks = structure(model).blocks
             store = None
             if o.activations != "recompute":
-                store = TieredStore(FileBackend(self._path, o.verify), self.lanes)
+                store = TieredStore(disk_backend(self._path, o.verify), self.lanes)
             self.activations = activations = Activations(list(blocks), store, o.activations)
             layers = {id(block): layer for layer, block in enumerate(blocks)}
             replace_blocks(blocks, lambda block: activations.shell(block, layers[id(block)]), self.where)

@@ -15,7 +15,8 @@ from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 from headway.core.recipe import Recipe
 from headway.core.units import Bytes, human
-from headway.memory.backends import Backend, FileBackend, HostBackend
+from headway.memory.backends import Backend, HostBackend
+from headway.memory.gpudirect import disk_backend
 from headway.memory.lanes import LaneName, Lanes
 from headway.memory.ssdtrain.activations import KEEP, ActivationStore
 
@@ -88,7 +89,7 @@ class SSDTrain(Method):
         o = self.options
         backend: Backend
         if o.backend == "disk":
-            backend = FileBackend(Path(o.path or tempfile.gettempdir()).expanduser(), verify=o.verify)
+            backend = disk_backend(Path(o.path or tempfile.gettempdir()).expanduser(), verify=o.verify)
         else:
             backend = HostBackend()
         names: tuple[LaneName, LaneName] = (backend.write_lane, backend.read_lane)

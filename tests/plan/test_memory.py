@@ -72,12 +72,13 @@ def test_a_run_with_a_budget_takes_the_cheapest_way_and_keeps_its_word(deep, tmp
         def __getattr__(self, name):
             return lambda *_: None
 
-    recipe = deep(memory={"budget": budget})
+    # Without a disk: how much of what leaves is still here at the peak is a matter of time.
+    recipe = deep(memory={"budget": budget, "disk": "/dev/shm"})
     run = train(recipe, run=tmp_path / "run", observers=[Listener()])
     memory = run.summary["memory"]
     assert memory["budget"] == budget
     assert memory["predicted_bytes"] <= budget
-    assert run.summary["peak_memory_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.1)
+    assert run.summary["peak_memory_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.02)
     assert run.summary["peak_memory_bytes"] <= budget
     assert any("the fastest that fits" in note for note in notes)
     assert run.recipe.memory.budget == budget  # the recipe stays the user's

@@ -36,7 +36,7 @@ def test_a_run_that_dies_finishes_with_a_budget(tiny, tmp_path):
     died = start(recipe, tmp_path, "plain")
     assert died.returncode != 0
     assert "does not fit in memory" in died.stderr and "memory.budget=SIZE" in died.stderr
-    lived = start({**recipe, "memory": {"budget": 180 * MIB}}, tmp_path, "planned")
+    lived = start({**recipe, "memory": {"budget": 180 * MIB, "disk": "/dev/shm"}}, tmp_path, "planned")
     assert lived.returncode == 0, lived.stderr
     summary = Run(tmp_path / "planned").summary
     assert summary["steps"] == 2

@@ -62,12 +62,12 @@ def new_folder(folder: Path, step: int) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     made = not folder.exists()
     temporary.mkdir(parents=True)
-    if made:
-        sync_folder(folder.parent)
     lock = os.open(temporary, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks; `_in_use` then goes by the process id
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if made:
+            sync_folder(folder.parent)
         yield temporary
         sync_folder(temporary)
         _publish(temporary, folder / folder_name(step))

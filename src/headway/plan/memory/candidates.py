@@ -12,6 +12,8 @@ from headway.core.method import resolve
 from headway.core.recipe import Recipe
 from headway.memory.backends import IN_MEMORY, filesystem
 
+QUEUE = 64 << 20
+"""Bytes that may be on their way out: they are still in memory, so that a plan must know how many."""
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "keep everything": ("nothing is switched on", {}),
     "recompute all but products": (
@@ -28,7 +30,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "activations to disk": ("what autograd saves goes to disk and back", {"ssdtrain": {"policy": "all"}}),
     "activations to host": (
         "what autograd saves goes to the memory of the host and back",
-        {"ssdtrain": {"policy": "all", "backend": "host"}},
+        {"ssdtrain": {"policy": "all", "backend": "host", "queue": QUEUE}},
     ),
     "swap and recompute": ("a part of what autograd saves goes to the host, the rest is recomputed", {"memo": {}}),
 }

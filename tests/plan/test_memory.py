@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from headway.core.errors import HeadwayError, is_out_of_memory
+from headway.core.meters import live_bytes
 from headway.core.recipe import Recipe
 from headway.core.run import Run
 from headway.core.train import train
@@ -61,8 +62,9 @@ def test_two_shallow_copies_tell_the_peak_of_the_whole(deep, methods, precision)
 
 
 def test_a_run_with_a_budget_takes_the_cheapest_way_and_keeps_its_word(deep, tmp_path):
+    others = live_bytes(torch.device("cpu"))  # what tests before this one have left alive in this process
     plain = train(deep(), run=tmp_path / "plain")
-    budget = plain.summary["peak_memory_bytes"] // 2
+    budget = (plain.summary["peak_memory_bytes"] - others) // 2
     notes = []
 
     class Listener:
@@ -78,8 +80,9 @@ def test_a_run_with_a_budget_takes_the_cheapest_way_and_keeps_its_word(deep, tmp
     memory = run.summary["memory"]
     assert memory["budget"] == budget
     assert memory["predicted_bytes"] <= budget
-    assert run.summary["peak_memory_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.02)
-    assert run.summary["peak_memory_bytes"] <= budget
+    peak = run.summary["peak_memory_bytes"] - others
+    assert peak == pytest.approx(memory["predicted_bytes"], rel=0.02)
+    assert peak <= budget
     assert any("the fastest that fits" in note for note in notes)
     assert run.recipe.memory.budget == budget  # the recipe stays the user's
     for ours, theirs in zip(run.metrics(), plain.metrics(), strict=True):
@@ -180,7 +183,11 @@ def test_an_interrupted_probe_does_not_live_on(deep, tmp_path, monkeypatch, requ
         thread.start()
         prober.measure(deep(methods={"sleepy:Sleepy": {}}))
     probe = int(pid.read_text())
-    assert not psutil.pid_exists(probe) or psutil.Process(probe).status() == psutil.STATUS_ZOMBIE
+    for _ in range(500):  # the kernel takes its time to end a process that it has killed
+        if not psutil.pid_exists(probe) or psutil.Process(probe).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    pytest.fail("the probe is still there")
 
 
 def test_a_kept_plan_is_read_back_and_a_damaged_one_refused(deep, tmp_path):

@@ -73,14 +73,8 @@ def _rise(function: Callable[[], R], device: torch.device) -> tuple[R, int]:
         result = function()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with without_native_stderr():
-        profiler.start()
-    try:
+    with profiled(device, profile_memory=True) as profiler:
         result = function()
-    finally:
-        with without_native_stderr():
-            profiler.stop()
     # The kineto events are the only place that lists every allocation with its sign and time.
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     deltas = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
@@ -89,6 +83,25 @@ def _rise(function: Callable[[], R], device: torch.device) -> tuple[R, int]:
         current += delta
         peak = max(peak, current)
     return result, peak
+
+
+@contextmanager
+def profiled(device: torch.device, **options: Any) -> Iterator[torch.profiler.profile]:
+    """torch's profiler over the block, of the CPU and of ``device``; its events are there when the block has ended.
+
+    Args:
+        options: of ``torch.profiler.profile``.
+    """
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU] + ([kinds.CUDA] if device.type == "cuda" else [])
+    profiler = torch.profiler.profile(activities=activities, **options)
+    with without_native_stderr():
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with without_native_stderr():
+            profiler.stop()
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-from headway.core.meters import without_native_stderr
+from headway.core.meters import profiled, synchronize
 from headway.memory.saved import in_backward
 
 _MARK = "headway/scope/"
@@ -49,20 +49,14 @@ def record_trace(
     device = torch.device(device)
     if torch.autograd._profiler_enabled():
         raise RuntimeError("another profiler is running")
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    profiler = profile(activities=activities, profile_memory=True)
     handles = [handle for index, block in enumerate(blocks) for handle in _watch(block, index)]
-    with without_native_stderr():
-        profiler.start()
-    try:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    finally:
-        for handle in handles:
-            handle.remove()
-        with without_native_stderr():
-            profiler.stop()
+    with profiled(device, profile_memory=True) as profiler:
+        try:
+            step()
+            synchronize(device)
+        finally:
+            for handle in handles:
+                handle.remove()
     # The tree of events is the only place where allocations have an address.
     tree = profiler.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     return from_events(sorted(_events(tree, device.type), key=lambda event: event[0]))

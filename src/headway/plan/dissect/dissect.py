@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-from headway.core.meters import matmul_peak, synchronize, without_native_stderr
+from headway.core.meters import matmul_peak, profiled, synchronize
 from headway.plan.dissect.attribution import build_tree
 from headway.plan.dissect.counting import Costs, count
 from headway.plan.dissect.events import read_events
@@ -60,21 +60,14 @@ def dissect(
     synchronize(device)
     plain_seconds = [_timed(step_fn, device) for _ in range(plain)]
     costs = count(step_fn)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    profiler = profile(activities=activities, record_shapes=True)
     with marked(model, optimizer, collapse):
         step_fn()
         synchronize(device)
-        with without_native_stderr():
-            profiler.start()
-        try:
+        with profiled(device, record_shapes=True) as profiler:
             for _ in range(_PROFILER_WARMUP + steps):
                 with record_function(STEP):
                     step_fn()
                     synchronize(device)
-        finally:
-            with without_native_stderr():
-                profiler.stop()
     root, seconds = build_tree(read_events(profiler), costs, skip=_PROFILER_WARMUP)
     return Tree(root, steps, seconds, plain_seconds, costs.flops, _peaks(costs, device) if peaks is None else peaks)
 

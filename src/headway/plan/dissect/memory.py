@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-from headway.core.meters import host_storages, live_bytes, process_peak_bytes, without_native_stderr
+from headway.core.meters import host_storages, live_bytes, process_peak_bytes, profiled, synchronize
 from headway.plan.dissect.scopes import PHASE
 
 _GRADIENT = "headway/gradient/"
@@ -83,20 +83,14 @@ def memory_breakdown(
     start = live_bytes(device)
     owned = _owned(model, optimizer)
     live = {ptr: _Allocation(size, None) for kind in owned.values() for ptr, size in kind.items()}
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    profiler = profile(activities=activities, profile_memory=True, record_shapes=False)
     handles = [_watch(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad]
-    with without_native_stderr():
-        profiler.start()
-    try:
-        step_fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    finally:
-        for handle in handles:
-            handle.remove()
-        with without_native_stderr():
-            profiler.stop()
+    with profiled(device, profile_memory=True) as profiler:
+        try:
+            step_fn()
+            synchronize(device)
+        finally:
+            for handle in handles:
+                handle.remove()
     after = _owned(model, optimizer)
     # The tree of events is the only place where allocations have an address.
     found = profiler.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]

@@ -98,6 +98,11 @@ def require(module: str, extra: str, what: str) -> Any:
         ) from error
 
 
+def reason(error: BaseException) -> str:
+    """An exception's cause in a few words: the system's own for an OSError, else its message or its kind."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the system, or torch on whatever device, ran out of memory."""
     said = str(error).lower()

@@ -281,6 +281,11 @@ class DryBackend:
         """Nothing is open."""
 
 
+def offload_folder(path: str | Path | None) -> Path:
+    """Where to put what leaves memory: ``path``, or the system's temporary folder."""
+    return Path(path or tempfile.gettempdir()).expanduser()
+
+
 def remove_leftovers(root: Path) -> list[Path]:
     """Remove the folders of dead processes in ``root``: those whose lock nobody holds."""
     removed = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.memory.store import Handle, TieredStore
+from headway.memory.store import Handle, TieredStore, version
 
 _stamps = itertools.count(1)
 
@@ -27,11 +27,6 @@ def stamp(tensor: Tensor) -> int:
     if number is None:
         number = storage.headway_stamp = next(_stamps)
     return number
-
-
-def version(tensor: Tensor) -> int:
-    """How often the tensor's memory was changed in place, as far as torch knows."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.core.errors import HeadwayError
+from headway.core.errors import HeadwayError, reason
 from headway.core.fallback import fallback
 from headway.memory.backends import Backend, Stored, side_stream
 from headway.memory.lanes import Job, Lanes
@@ -61,7 +61,7 @@ class Handle:
         self.nbytes, self.label = tensor.numel() * tensor.element_size(), label
         self.tensor: Tensor | None = tensor  # until it is written, and once it is back
         self.source: Tensor | None = source  # tells of changes in place, as long as the tensor is the caller's own
-        self.version = _version(source)
+        self.version = version(source)
         self.stored: Stored | None = None
         self.job: Job | None = None  # of the write
         self.reading: Job | None = None
@@ -153,7 +153,7 @@ class TieredStore:
         """
         if self.failure is not None and self.keep_on_failure and not self._said:
             self._said = True
-            why = f"{self.backend.name} took {self.capacity} bytes and then failed ({_reason(self.failure)})"
+            why = f"{self.backend.name} took {self.capacity} bytes and then failed ({reason(self.failure)})"
             fallback("keeping tensors in memory that were to be offloaded", why, "the memory that they take")
 
     # In the lanes' threads.
@@ -271,7 +271,7 @@ class TieredStore:
                 self._forward(handle)
                 return _for_this_stream(handle.tensor)
             if handle.error is not None:
-                raise HeadwayError(label, f"could not be stored ({_reason(handle.error)})") from handle.error
+                raise HeadwayError(label, f"could not be stored ({reason(handle.error)})") from handle.error
             if handle.dropped or self.closed:
                 raise HeadwayError(label, "is asked for after it was dropped")
             self.prefetch(handle)
@@ -281,7 +281,7 @@ class TieredStore:
         try:
             reading.result()
         except (HeadwayError, OSError) as error:
-            raise HeadwayError(label, f"could not be read back: {_reason(error)}") from error
+            raise HeadwayError(label, f"could not be read back: {reason(error)}") from error
         except CancelledError:
             raise HeadwayError(label, "was dropped while it was waited for") from None
         finally:
@@ -387,19 +387,16 @@ def _room_for(handle: Handle) -> Tensor:
     return torch.empty(handle.shape, dtype=handle.dtype, device=handle.device)
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often the tensor's memory was changed in place, as far as torch knows; 0 for tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _unchanged(handle: Handle) -> bool:
-    return handle.source is None or _version(handle.source) == handle.version
+    return handle.source is None or version(handle.source) == handle.version
 
 
 def _for_this_stream(tensor: Tensor) -> Tensor:
     if tensor.is_cuda:  # it may be of a copying stream's memory, which must not be reused before our kernels are done
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor
-
-
-def _reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headway.core.errors import CheckpointError
 from headway.core.meters import host_storages
+from headway.memory.store import version
 from headway.resilience.ring import Ring
 
 ALIGNMENT = 64
@@ -42,7 +43,7 @@ class Source:
     @property
     def changed(self) -> bool:
         """Whether an in-place operation has been seen since the save."""
-        return version_of(self.tensor) != self.version
+        return version(self.tensor) != self.version
 
 
 @dataclass
@@ -133,11 +134,6 @@ class ChangedError(CheckpointError):
                          hint="call the checkpointer's fence() before changing what was saved")  # fmt: skip
 
 
-def version_of(tensor: Tensor) -> int:
-    """The counter that in-place operations raise; tensors of inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def sources(tensors: dict[str, Tensor], mine: set[str] | None = None) -> list[Source]:
     """What this process has to save; the same memory only once.
 
@@ -163,7 +159,7 @@ def sources(tensors: dict[str, Tensor], mine: set[str] | None = None) -> list[So
         if identity in found:
             found[identity].keys.append(key)
         else:
-            found[identity] = Source([key], part, tuple(tensor.shape), offsets, version_of(part))
+            found[identity] = Source([key], part, tuple(tensor.shape), offsets, version(part))
     return list(found.values())
 
 

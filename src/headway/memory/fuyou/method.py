@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from headway.core.recipe import Recipe
 from headway.core.surgery import replace_blocks
 from headway.core.units import Bytes, human, human_seconds
 from headway.core.workload import StepBatch
+from headway.memory.backends import offload_folder
 from headway.memory.fuyou.activations import Activations
 from headway.memory.fuyou.files import GroupFiles
 from headway.memory.fuyou.groups import Layout, block_groups
@@ -156,7 +156,7 @@ class Fuyou(Method):
 
     @property
     def _path(self) -> Path:
-        return Path(self.options.path or tempfile.gettempdir()).expanduser()
+        return offload_folder(self.options.path)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Move states, masters and weights to disk."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from headway.core.errors import HeadwayError
+from headway.core.errors import HeadwayError, reason
 from headway.memory.backends import side_stream
 from headway.memory.fuyou.files import Buffer, Generation, GroupFiles
 from headway.memory.fuyou.groups import STATES, WEIGHTS, Group, Layout
@@ -383,9 +383,8 @@ class Pipeline:
         """
         if self._failure is not None:
             error = self._failure
-            said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            raise HeadwayError(str(self.files.root), f"the optimizer's states could not be moved or updated: {said}",
-                               hint="go on from the last checkpoint") from error  # fmt: skip
+            raise HeadwayError(str(self.files.root), "the optimizer's states could not be moved or updated: "
+                               f"{reason(error)}", hint="go on from the last checkpoint") from error  # fmt: skip
 
     def _rewrite(self, i: int, fill: Callable[[str, int], Tensor | None], old: Generation | None) -> Generation:
         """A new generation of a group: the old one (or zeros) with what ``fill(region, position)`` gives laid over."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import shutil
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 from headway.core.recipe import Recipe
 from headway.core.units import Bytes
-from headway.memory.backends import Backend, FileBackend, HostBackend
+from headway.memory.backends import Backend, FileBackend, HostBackend, offload_folder
 from headway.memory.lanes import LaneName, Lanes
 from headway.memory.memo.plan_report import report_of
 from headway.memory.memo.runtime import Memo
@@ -96,9 +95,9 @@ class MemoMethod(Method):
         backend: Backend = HostBackend()
         budget = o.host_budget
         if o.backend == "disk":
-            folder = Path(o.path or tempfile.gettempdir()).expanduser()
+            folder = offload_folder(o.path)
             backend = FileBackend(folder)
-            budget = budget or free_bytes(folder) // 2
+            budget = budget or shutil.disk_usage(folder).free // 2
         names: tuple[LaneName, LaneName] = (backend.write_lane, backend.read_lane)
         lanes = Lanes(rates={name: float(o.rate) for name in names} if o.rate else None)
         self.memo = Memo(
@@ -152,10 +151,3 @@ class MemoMethod(Method):
         """Take the plans back."""
         if self.memo is not None:
             self.memo.load_state_dict(state)
-
-
-def free_bytes(folder: Path) -> int:
-    """What the drive of ``folder`` has room for."""
-    import shutil
-
-    return shutil.disk_usage(folder).free

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from headway.core.errors import HeadwayError
-from headway.memory.saved import version
-from headway.memory.store import Handle, TieredStore
+from headway.memory.store import Handle, TieredStore, version
 
 
 class Piece:

@@ -19,8 +19,8 @@ from headway.core.errors import HeadwayError
 from headway.memory.memo.parts import Parts, Span
 from headway.memory.memo.piece import Kept, Piece, Storage, View
 from headway.memory.memo.replay import Enough, as_in_forward, autocast_state, close, recording, rng_state, tensors_in
-from headway.memory.saved import is_plain, stamp, version
-from headway.memory.store import Handle, TieredStore
+from headway.memory.saved import is_plain, stamp
+from headway.memory.store import Handle, TieredStore, version
 from headway.memory.streambp.parts import Shared
 
 PROBE = 2

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from headway.core.errors import HeadwayError
 from headway.memory.backends import Backend
 from headway.memory.lanes import Lanes
-from headway.memory.saved import Saved, SavedTensors, in_backward, is_plain, stamp, version
+from headway.memory.saved import Saved, SavedTensors, in_backward, is_plain, stamp
 from headway.memory.ssdtrain.plan import drive_life_days, plan_amount
 from headway.memory.ssdtrain.scopes import OUTSIDE, Pass, Scopes, Segment, mark
-from headway.memory.store import TieredStore
+from headway.memory.store import TieredStore, version
 
 Policy = Literal["adaptive", "all", "none"]
 KEEP = ("head", "lm_head", "*.lm_head", "rope", "*rotary_emb*")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +13,7 @@ from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 from headway.core.recipe import Recipe
 from headway.core.units import Bytes, human
-from headway.memory.backends import Backend, HostBackend
+from headway.memory.backends import Backend, HostBackend, offload_folder
 from headway.memory.gpudirect import disk_backend
 from headway.memory.lanes import LaneName, Lanes
 from headway.memory.ssdtrain.activations import KEEP, ActivationStore
@@ -89,7 +87,7 @@ class SSDTrain(Method):
         o = self.options
         backend: Backend
         if o.backend == "disk":
-            backend = disk_backend(Path(o.path or tempfile.gettempdir()).expanduser(), verify=o.verify)
+            backend = disk_backend(offload_folder(o.path), verify=o.verify)
         else:
             backend = HostBackend()
         names: tuple[LaneName, LaneName] = (backend.write_lane, backend.read_lane)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from headway.core.errors import HeadwayError
 from headway.core.method import resolve
 from headway.core.recipe import Recipe
-from headway.memory.backends import IN_MEMORY, filesystem
+from headway.memory.backends import IN_MEMORY, filesystem, offload_folder
 
 QUEUE = 64 << 20
 """Bytes that may be on their way out: they are still in memory, so that a plan must know how many."""
@@ -98,7 +96,7 @@ def refused(recipe: Recipe, chosen: Candidate, device: str) -> str:
     if to_host and device == "cpu":
         return "the host's memory is the device's own here"
     to_disk = [m for m in chosen.methods if m in ON_DISK and m not in to_host]
-    if to_disk and filesystem(Path(recipe.memory.disk or tempfile.gettempdir())) in IN_MEMORY:
+    if to_disk and filesystem(offload_folder(recipe.memory.disk)) in IN_MEMORY:
         return "that folder is in memory itself: give memory.disk a folder on a drive"
     if taken := sorted(chosen.methods.keys() & recipe.methods.keys()):
         return f"the recipe sets methods.{taken[0]} itself"

@@ -15,14 +15,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from headway.core.errors import HeadwayError
 from headway.core.recipe import Recipe
-from headway.memory.backends import remove_leftovers
+from headway.memory.backends import offload_folder, remove_leftovers
 from headway.plan.memory.probe import Footprint, measure
 
 PRELOADED = ("torch._dynamo", "torch.profiler", "torch.utils.checkpoint", "headway.workloads.language",
@@ -56,7 +55,7 @@ class Prober:
             HeadwayError: as raised in the process, or the process cannot go on.
         """
         assert self._worker.stdin is not None and self._worker.stdout is not None
-        self._folders.add(Path(recipe.memory.disk or tempfile.gettempdir()).expanduser())
+        self._folders.add(offload_folder(recipe.memory.disk))
         try:
             self._worker.stdin.write(json.dumps(recipe.to_dict()) + "\n")
             self._worker.stdin.flush()

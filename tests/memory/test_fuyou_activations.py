@@ -88,7 +88,10 @@ def test_units_are_known_with_their_bytes_and_flops(tmp_path: Path) -> None:
         assert unit.nbytes == tokens * linear.out_features * 4
         assert unit.flops == 2 * tokens * linear.in_features * linear.out_features
     kinds = [unit.kind for unit in activations.recomputable()]
-    assert kinds == ["mlp.down"] * 3 + ["attention.out"] * 3 + ["attention.qkv"] * 3 + ["mlp.gate_up"] * 3
+    # ordered by benefit: flops per byte grow with the width of the input
+    assert kinds[:3] == ["mlp.down"] * 3
+    rest = ("attention.k", "attention.out", "attention.q", "attention.v", "mlp.gate", "mlp.up")
+    assert sorted(kinds[3:]) == sorted(rest * 3)
     assert sum(activations.checkpoint_bytes.values()) == 3 * tokens * 32 * 4
     activations.close()
 

@@ -43,7 +43,7 @@ def test_the_state_is_on_disk_between_steps(train):
 def test_recompute_in_a_recipe_is_recompute_in_its_tree(train):
     tree = dissect_trainer(train("methods.recompute={}"), steps=1, warmup=1, plain=1, peaks={})
     forward, again = (tree.phases[name].children["blocks.*"] for name in ("forward", "recompute"))
-    for part in ("qkv", "out"):
+    for part in ("q", "k", "v", "out"):
         module = "attention", part
         assert again.children[module[0]].children[part].flops == forward.children[module[0]].children[part].flops
     assert tree.root.flops == tree.counted_flops
@@ -53,7 +53,7 @@ def test_lora_starts_as_the_model_and_trains_its_updates_alone(train):
     plain, lora = train(), train(ARMS + "LoRA={rank: 2}")
     assert lora.train_step()["loss"] == pytest.approx(plain.train_step()["loss"], rel=1e-5)
     trained = {name for name, p in lora.model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 8 and all(name.endswith((".a", ".b")) for name in trained)
+    assert len(trained) == 2 * 14 and all(name.endswith((".a", ".b")) for name in trained)
     losses = [lora.train_step()["loss"] for _ in range(10)]
     assert losses[-1] < losses[0]
 

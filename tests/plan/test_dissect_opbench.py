@@ -43,7 +43,7 @@ def test_a_tied_head_is_a_product_too():
     model = build_model(LlamaConfig(hidden=32, layers=1, heads=2, vocab=100, context=16), seed=0)
     names = {p.name: (p.M, p.N, p.K) for p in products_of(model, 8, backward=False)}
     assert names["head"] == (8, 100, 32)
-    assert names["blocks.attention.qkv"] == (8, 96, 32)
+    assert names["blocks.attention.q"] == (8, 32, 32)
 
 
 def test_rates_follow_from_amounts_and_times():

@@ -35,10 +35,22 @@ class Shell(nn.Module):
         return self
 
 
+class Absent(nn.Module):
+    """Stands where a part of the model would be that another rank holds: the parts beside it keep their names."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Never run.
+
+        Raises:
+            RuntimeError: somebody ran it.
+        """
+        raise RuntimeError("this part of the model is on another rank")
+
+
 def replace_blocks(
     blocks: nn.ModuleList, make: Callable[[nn.Module], nn.Module], where: str
 ) -> dict[nn.Module, nn.Module]:
-    """Put ``make(block)`` in the place of every block, in place.
+    """Put ``make(block)`` in the place of every block that is on this rank, in place.
 
     Returns:
         Old -> new.
@@ -50,9 +62,9 @@ def replace_blocks(
         if isinstance(block, Shell):
             raise MethodError(where, f"finds blocks that {type(block).__name__} has already replaced",
                               hint="only one method can own how a block is run")  # fmt: skip
-    replaced = {block: make(block) for block in blocks}
+    replaced = {block: make(block) for block in blocks if not isinstance(block, Absent)}
     for index, block in enumerate(list(blocks)):
-        blocks[index] = replaced[block]
+        blocks[index] = replaced.get(block, block)
     return replaced
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S keys, D hidden, H heads, hd head width, F inter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from headway.core.errors import ModelError
 from headway.layers.attention import attention
 from headway.layers.embedding import Embedding
+from headway.layers.linear_cross_entropy import linear_cross_entropy
 from headway.models.cache import KVCache
 from headway.models.config import GPT2Config
 from headway.models.structure import Structure
@@ -38,6 +40,7 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
+        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy  # tensor parallelism has its own
 
     def embed(
         self,
@@ -158,6 +161,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.head_dim = layer, config.heads, config.head_width
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.out = nn.Linear(config.hidden, config.hidden)
+        self.attend: Callable[..., Tensor] = attention  # sequence parallelism puts its own here
 
     def forward(self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -166,7 +170,7 @@ class Attention(nn.Module):
         q, k, v = qkv.chunk(3, dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, H, S, hd]
-        y = attention(q, k, v, segments=segments, offset=k.shape[2] - T)  # [B, H, T, hd]
+        y = self.attend(q, k, v, segments=segments, offset=k.shape[2] - T)  # [B, H, T, hd]
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -63,21 +63,20 @@ def _llama(config: LlamaConfig) -> list[Weight]:
     weights = [Weight("embedding.weight", ("model.embed_tokens.weight",), (V,))]
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
-        weights += [
-            Weight(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), (D,)),
-            Weight(f"{ours}.attention.qkv.weight", tuple(f"{name}.weight" for name in qkv), (q, kv, kv)),
-            Weight(f"{ours}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), (D,)),
-            Weight(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), (D,)),
-            Weight(
-                f"{ours}.mlp.gate_up.weight",
-                (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
-                (F, F),
-            ),
-            Weight(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), (D,)),
-        ]
-        if config.qkv_bias:
-            weights.append(Weight(f"{ours}.attention.qkv.bias", tuple(f"{name}.bias" for name in qkv), (q, kv, kv)))
+        for name, other, rows in (
+            ("attention_norm", "input_layernorm", D),
+            ("attention.q", "self_attn.q_proj", q),
+            ("attention.k", "self_attn.k_proj", kv),
+            ("attention.v", "self_attn.v_proj", kv),
+            ("attention.out", "self_attn.o_proj", D),
+            ("mlp_norm", "post_attention_layernorm", D),
+            ("mlp.gate", "mlp.gate_proj", F),
+            ("mlp.up", "mlp.up_proj", F),
+            ("mlp.down", "mlp.down_proj", D),
+        ):
+            weights.append(Weight(f"{ours}.{name}.weight", (f"{theirs}.{other}.weight",), (rows,)))
+            if config.qkv_bias and name[-2:] in (".q", ".k", ".v"):
+                weights.append(Weight(f"{ours}.{name}.bias", (f"{theirs}.{other}.bias",), (rows,)))
         if config.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 name = f"{theirs}.self_attn.{norm}.weight"

@@ -1,8 +1,8 @@
 """The Llama family, top to bottom: Llama, Mistral, Qwen2 and Qwen3 are settings of it.
 
 Pre-norm blocks (RMSNorm), rotary positions with their scalings, grouped-query attention with optional QK norm, biases
-and sliding window, SwiGLU, a tied or separate head. Queries, keys and values come from one matrix product, and so do
-gate and up: fewer and larger products.
+and sliding window, SwiGLU, a tied or separate head. Every projection is a matrix of its own, so that each can be cut
+by heads or channels for tensor parallelism as it is.
 
 Shapes: B batch, T new tokens, S keys, D hidden, H heads, Hkv key and value heads, hd head width, F intermediate,
 V vocabulary.
@@ -10,6 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from headway.layers.attention import attention
 from headway.layers.embedding import Embedding
+from headway.layers.linear_cross_entropy import linear_cross_entropy
 from headway.layers.norm import RMSNorm
 from headway.layers.rope import apply_rope, rope_frequencies, rope_tables
 from headway.layers.swiglu import swiglu
@@ -45,6 +47,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
+        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy  # tensor parallelism has its own
 
     def embed(
         self,
@@ -166,10 +169,13 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window_of(layer)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_head_count, config.head_width
-        self.qkv = nn.Linear(config.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.qkv_bias)
+        self.q = nn.Linear(config.hidden, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attend: Callable[..., Tensor] = attention  # sequence parallelism puts its own here
 
     def forward(
         self,
@@ -180,14 +186,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B, H or Hkv, T, hd]
+        # The number of heads is what the products give: under tensor parallelism, this rank's share.
+        q, k, v = (part(x).view(B, T, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, hd]
-        y = attention(q, k, v, segments=segments, window=self.window, offset=k.shape[2] - T)  # [B, H, T, hd]
+        y = self.attend(q, k, v, segments=segments, window=self.window, offset=k.shape[2] - T)  # [B, H, T, hd]
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -196,13 +202,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden, 2 * config.intermediate_width, bias=False)
+        self.gate = nn.Linear(config.hidden, config.intermediate_width, bias=False)
+        self.up = nn.Linear(config.hidden, config.intermediate_width, bias=False)
         self.down = nn.Linear(config.intermediate_width, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
-        return self.down(swiglu(gate, up))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Rope:

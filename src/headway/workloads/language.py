@@ -45,8 +45,10 @@ class NextTokenLoss:
             targets = batch["targets"].flatten()
             loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
             return loss, (targets != -100).sum()
-        hidden = model.hidden(batch["tokens"], segments=batch.get("segments"))  # type: ignore[operator]  # [B, T, D]
-        return linear_cross_entropy(
+        given = {key: batch[key] for key in ("segments", "positions") if key in batch}
+        hidden = model.hidden(batch["tokens"], **given)  # type: ignore[operator]  # [B, T, D]
+        head_loss = getattr(model, "head_loss", linear_cross_entropy)
+        return head_loss(
             hidden.flatten(0, 1),
             model.head_weight,  # type: ignore[arg-type]
             batch["targets"].flatten(),

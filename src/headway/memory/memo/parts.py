@@ -63,12 +63,8 @@ class LlamaParts:
     def project(self, x: Tensor, span: Span, shared: Shared) -> QKV:
         """See `Parts`."""
         own = self.block.attention
-        qkv = own.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, own.head_dim))
-        q, k, v = qkv.split((own.heads, own.kv_heads, own.kv_heads), dim=2)  # [B, t, H or Hkv, hd]
-        if own.q_norm is None:
-            # else it would keep the queries and keys before their rotation alive
-            v = v.clone(memory_format=torch.contiguous_format)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        x = self.block.attention_norm(x)
+        q, k, v = (part(x).unflatten(-1, (-1, own.head_dim)).transpose(1, 2) for part in (own.q, own.k, own.v))
         if own.q_norm is not None and own.k_norm is not None:
             q, k = own.q_norm(q), own.k_norm(k)
         q, k = apply_rope(q, k, *span.tables(shared, "rope"))

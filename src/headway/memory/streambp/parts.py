@@ -42,19 +42,15 @@ class LlamaParts:
 
     def __init__(self, block: llama.Block) -> None:
         self.block = block
-        attention_ = block.attention
-        self.split = attention_.heads * attention_.head_dim  # rows of the fused projection that make queries
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        """Some heads of the fused projection, [B, heads, T, hd]."""
-        qkv = self.block.attention.qkv
-        bias = None if qkv.bias is None else qkv.bias[rows]
-        y = F.linear(self.block.attention_norm(x), qkv.weight[rows], bias)
-        return y.unflatten(-1, (-1, self.block.attention.head_dim)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads hd] -> [B, heads, T, hd]."""
+        return x.unflatten(-1, (-1, self.block.attention.head_dim)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         """See `Parts`."""
-        k, v = self._project(x, slice(self.split, None)).chunk(2, dim=1)
+        x = self.block.attention_norm(x)
+        k, v = self._heads(self.block.attention.k(x)), self._heads(self.block.attention.v(x))
         if self.block.attention.k_norm is not None:
             k = self.block.attention.k_norm(k)
         return apply_rope(k[:, :0], k, *shared["rope"])[1], v
@@ -62,7 +58,7 @@ class LlamaParts:
     def rest(self, x: Tensor, k: Tensor, v: Tensor, start: int, shared: Shared) -> Tensor:
         """See `Parts`."""
         block, end = self.block, start + x.shape[1]
-        q = self._project(x, slice(0, self.split))
+        q = self._heads(block.attention.q(block.attention_norm(x)))
         if block.attention.q_norm is not None:
             q = block.attention.q_norm(q)
         cos, sin = (table[..., start:end, :] for table in shared["rope"])

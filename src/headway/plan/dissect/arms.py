@@ -58,8 +58,7 @@ class EagerAttention(Method):
 
 def _eager(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor], segments: Any = None, cache: Any = None) -> Tensor:
     B, T, _ = x.shape
-    qkv = layer.qkv(x).view(B, T, -1, layer.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, hd]
-    q, k, v = qkv.split((layer.heads, layer.kv_heads, layer.kv_heads), dim=1)
+    q, k, v = (part(x).view(B, T, -1, layer.head_dim).transpose(1, 2) for part in (layer.q, layer.k, layer.v))
     q, k = apply_rope(q, k, *rope)
     y = attention_reference(q, k, v, segments=segments, window=layer.window)
     return layer.out(y.transpose(1, 2).reshape(B, T, -1))

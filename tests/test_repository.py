@@ -24,7 +24,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 RECIPE_KEYS = [
     "name", "seed", "workload", "model", "data", "train", "optimizer", "schedule", "eval", "log", "checkpoint",
-    "memory", "methods", "strict",
+    "memory", "parallel", "methods", "strict",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def test_top_level_keys_are_frozen() -> None:
     """A new key needs an argued change here: options belong under a section or a method."""
     assert list(Recipe.model_fields) == [
         "name", "seed", "workload", "model", "data", "train", "optimizer", "schedule", "eval", "log", "checkpoint",
-        "memory",
+        "memory", "parallel",
         "methods", "strict",
     ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from headway.core import registry
 from headway.core.allocator import keep_freed_memory
 from headway.core.budget import plan_for
 from headway.core.checkpointer import NoCheckpoints
-from headway.core.clip import clip_
+from headway.core.engine import Engine, engine_for
 from headway.core.errors import RecipeError
 from headway.core.fallback import FallbackLog, use_log
 from headway.core.method import check_changes, resolve, wrap
@@ -21,49 +21,48 @@ from headway.core.recipe import Recipe
 from headway.core.state import seed_everything
 from headway.core.trainer import Trainer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequence[Observer] = ()) -> Trainer:
+def build_trainer(
+    recipe: Recipe, folder: Path | None = None, observers: Sequence[Observer] = (), engine: Engine | None = None
+) -> Trainer:
     """Assemble a training; nothing is trained or written yet.
 
     Args:
         folder: where checkpoints go; without one nothing is saved.
+        engine: whoever takes part; by default found out from the environment.
 
     Raises:
         HeadwayError: the recipe cannot be run, a method is refused or changed nothing.
     """
     recipe = _settled(recipe)
+    engine = engine or engine_for(recipe)
     use_log(FallbackLog(recipe.strict))
     seed_everything(recipe.seed)
     methods = resolve(recipe)
-    device = select_device(recipe)
+    device = engine.device(select_device(recipe))
     if device.type == "cpu":
         keep_freed_memory()
     workload = registry.find("workloads", recipe.workload, "workload")(recipe)
+    workload.engine = engine
 
     config = wrap(methods, "model_config", workload.model_config())
-    model = wrap(methods, "model", workload.build_model(config).to(device))
-    optimizer_part = registry.find("optimizers", recipe.optimizer.name, "optimizer.name")  # type: ignore[attr-defined]
-    optimizer = wrap(
-        methods, "optimizer", optimizer_part.build(model, recipe.optimizer, DTYPES[recipe.train.precision])
-    )
+    built = workload.build_model(config).to(device)
+    if recipe.train.precision == "fp64":
+        built = built.double()
+    model = wrap(methods, "model", engine.split(built, workload))
     if recipe.train.compile:
         workload.compile(model)
+    engine.shard(model)
+    dtype = engine.weights_dtype(DTYPES[recipe.train.precision])
+    optimizer_part = registry.find("optimizers", recipe.optimizer.name, "optimizer.name")  # type: ignore[attr-defined]
+    optimizer = wrap(methods, "optimizer", optimizer_part.build(model, recipe.optimizer, dtype))
     loss = wrap(methods, "loss", workload.loss())
-    stream = wrap(methods, "stream", workload.stream())
+    stream = engine.stream(wrap(methods, "stream", workload.stream()))
     schedule_part = registry.find("schedules", recipe.schedule.name, "schedule.name")  # type: ignore[attr-defined]
     by_steps = recipe.train.tokens is None and recipe.train.time is None
     schedule = wrap(methods, "schedule", schedule_part.build(recipe.schedule, recipe.train.steps if by_steps else None))
-
-    def forward_backward(micro: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
-        loss_sum, _ = loss(model, micro)
-        (loss_sum / targets).backward()
-        return loss_sum.detach()
-
-    def gradients() -> torch.Tensor:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        return clip_(trained, recipe.train.clip)
 
     def update() -> None:
         optimizer.step()
@@ -73,6 +72,7 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
     checkpointer = checkpointer_part(recipe.checkpoint, folder) if folder else NoCheckpoints()
     trainer = Trainer(
         recipe=recipe,
+        engine=engine,
         workload=workload,
         methods=methods,
         changes={},
@@ -82,8 +82,8 @@ def build_trainer(recipe: Recipe, folder: Path | None = None, observers: Sequenc
         loss=loss,
         stream=stream,
         schedule=schedule,
-        forward_backward=wrap(methods, "forward_backward", forward_backward),
-        gradients=wrap(methods, "gradients", gradients),
+        forward_backward=wrap(methods, "forward_backward", engine.forward_backward(model, loss)),
+        gradients=wrap(methods, "gradients", engine.gradients(model, optimizer, recipe.train.clip)),
         update=wrap(methods, "update", update),
         weights=wrap(methods, "weights", nullcontext),
         checkpointer=wrap(methods, "checkpointer", checkpointer),

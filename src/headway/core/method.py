@@ -57,6 +57,9 @@ class Card:
     refuses: dict[str, str] = field(default_factory=dict)
     deviations: str = ""
     """Where this differs from the paper, and why."""
+    parallel: tuple[str, ...] = ()
+    """The dimensions of the recipe's ``parallel`` section with which it gives what it gives one process; every other
+    is refused."""
     status: Literal["stable", "trial"] = "stable"
 
     def to_dict(self) -> dict[str, Any]:

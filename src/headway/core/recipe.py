@@ -17,6 +17,7 @@ from pydantic import Field, SerializeAsAny, create_model
 from headway.core import registry
 from headway.core.errors import RecipeError, nearest
 from headway.core.files import write_text
+from headway.core.layout import ParallelOptions
 from headway.core.options import Options, parse_options
 from headway.core.units import Bytes, Count, Seconds
 from headway.core.workload import Workload
@@ -41,8 +42,9 @@ class TrainOptions(Options):
     """Sequences per forward-backward; gradients are accumulated up to `batch`. Default: the whole batch."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; `null` leaves gradients as they are."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Number format of weights and activations; master weights, gradients' sums and optimizer state stay fp32."""
+    precision: Literal["fp32", "bf16", "fp64"] = "bf16"
+    """Number format of weights and activations; with `bf16`, master weights, gradients' sums and optimizer state stay
+    fp32. `fp64` is for checks."""
     compile: bool = False
     """Compile each block with torch.compile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -108,6 +110,8 @@ class Recipe(Options):
     """When and how the run is saved, by `checkpoint.mode`."""
     memory: MemoryOptions = Field(default_factory=MemoryOptions)
     """How much memory there is."""
+    parallel: ParallelOptions = Field(default_factory=ParallelOptions)
+    """How the run is spread over ranks; `headway train RECIPE --ranks N` starts them."""
     methods: dict[str, SerializeAsAny[Options]] = Field(default_factory=dict)
     """The switched-on methods: `{name: {option: value}}`; an empty mapping takes the method's defaults."""
     strict: bool = False

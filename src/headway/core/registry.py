@@ -43,6 +43,9 @@ TABLE: dict[str, dict[str, str]] = {
         "lazy": "headway.resilience.lazy:LazyCheckpointer",
         "plain": "headway.resilience.checkpoint:PlainCheckpointer",
     },
+    "engines": {
+        "parallel": "headway.parallel.engine:ParallelEngine",
+    },
     "planners": {
         "memory": "headway.plan.memory.planner:plan_memory",
         "memory-plan": "headway.plan.memory.planner:read_plan",

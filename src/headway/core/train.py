@@ -13,6 +13,7 @@ from headway.core import meters
 from headway.core.budget import FILE as PLAN_FILE
 from headway.core.budget import plan_for
 from headway.core.build import DTYPES, build_trainer
+from headway.core.engine import engine_for
 from headway.core.errors import CheckpointError, HeadwayError, RecipeError, is_out_of_memory, shown
 from headway.core.fallback import entries
 from headway.core.files import write_json
@@ -22,8 +23,8 @@ from headway.core.run import Run, locked, next_run_directory
 from headway.core.trainer import Trainer
 
 # Keys that may differ between the recipe of a run directory and the one it is resumed with: they do not touch the
-# mathematics.
-RESUMABLE = ("name", "log", "eval", "checkpoint", "strict")
+# mathematics, but for the order of its sums.
+RESUMABLE = ("name", "log", "eval", "checkpoint", "strict", "parallel")
 
 
 def train(
@@ -46,41 +47,36 @@ def train(
         Interrupted: a signal arrived; the run was saved.
     """
     recipe = Recipe.load(recipe)
-    path = Path(run) if run else next_run_directory(recipe.name)
-    existed = path.exists()
-    if existed and not path.is_dir():
-        raise HeadwayError(str(path), "is a file, expected a directory for the run")
-    if existed and not (path / "recipe.yaml").is_file() and any(p.name != ".lock" for p in path.iterdir()):
-        raise HeadwayError(str(path), "is not empty and holds no run", hint="choose another directory with --run")
-    if (path / "recipe.yaml").is_file() and not fresh:
-        check_same_recipe(path, recipe)
+    engine = engine_for(recipe)
+    path = engine.common(Path(run) if run else next_run_directory(recipe.name))
+    if engine.leads:
+        _check_directory(path, recipe, fresh)
+    else:
+        observers = ()
 
     started = time.perf_counter()
     with ExitStack() as stack:
         plan = plan_for(recipe, None if fresh else path, lambda text: _note(observers, text))
         if plan is not None:
             _note(observers, plan.explain())
-        trainer = build_trainer(plan.apply(recipe) if plan else recipe, path / "checkpoints", observers)
-        stack.enter_context(locked(path))
-        if fresh:
-            _clear(path)
+        trainer = build_trainer(plan.apply(recipe) if plan else recipe, path / "checkpoints", observers, engine)
+        if engine.leads:
+            stack.enter_context(locked(path))
+            if fresh:
+                _clear(path)
         stack.callback(trainer.checkpointer.close)
-        if (state := trainer.checkpointer.load()) is not None:
+        if (state := engine.load(trainer)) is not None:
             trainer.load_state_dict(state)
             del state
         elif (path / "summary.json").is_file():
             raise CheckpointError(str(path / "checkpoints"), "is gone or empty, though this run was finished",
                                   hint="restore it, or start over with --fresh")  # fmt: skip
-        own: list[Observer] = [MetricsFile(path / "metrics.jsonl")]
-        own += [TensorBoard(path / "tensorboard")] if recipe.log.tensorboard else []
-        own += [{"wandb": WandB, "mlflow": MLflow}[sink](recipe) for sink in recipe.log.sinks]
-        for observer in own:
-            stack.callback(observer.close)
-        recipe.save(path / "recipe.yaml")
-        if plan is not None:
-            write_json(path / PLAN_FILE, plan.to_dict())
-        trainer.workload.save_extras(path)
-        trainer.observers = [*own, *observers]
+        if engine.leads:
+            trainer.observers = [*_sinks(recipe, path, stack), *observers]
+            recipe.save(path / "recipe.yaml")
+            if plan is not None:
+                write_json(path / PLAN_FILE, plan.to_dict())
+            trainer.workload.save_extras(path)
         try:
             trainer.fit()
         except (MemoryError, RuntimeError) as error:
@@ -90,10 +86,30 @@ def train(
         summary = summarize(trainer, path, time.perf_counter() - started)
         if plan is not None:
             summary["memory"] = {"budget": plan.budget, "predicted_bytes": plan.predicted_bytes}
-        write_json(path / "summary.json", summary)
+        if engine.leads:
+            write_json(path / "summary.json", summary)
         for observer in trainer.observers:
             observer.on_end(trainer, summary)
     return Run(path)
+
+
+def _check_directory(path: Path, recipe: Recipe, fresh: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise HeadwayError(str(path), "is a file, expected a directory for the run")
+    if (path / "recipe.yaml").is_file():
+        if not fresh:
+            check_same_recipe(path, recipe)
+    elif path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+        raise HeadwayError(str(path), "is not empty and holds no run", hint="choose another directory with --run")
+
+
+def _sinks(recipe: Recipe, path: Path, stack: ExitStack) -> list[Observer]:
+    sinks: list[Observer] = [MetricsFile(path / "metrics.jsonl")]
+    sinks += [TensorBoard(path / "tensorboard")] if recipe.log.tensorboard else []
+    sinks += [{"wandb": WandB, "mlflow": MLflow}[sink](recipe) for sink in recipe.log.sinks]
+    for observer in sinks:
+        stack.callback(observer.close)
+    return sinks
 
 
 def _out_of_memory(trainer: Trainer, error: BaseException, planned: bool) -> HeadwayError:
@@ -110,10 +126,13 @@ def _note(observers: Sequence[Observer], text: str) -> None:
 
 def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:
     """What a run came to: rates are medians over the logged steps."""
-    rates = sorted(r["tokens_per_second"] for r in read_metrics(path / "metrics.jsonl") if "tokens_per_second" in r)
+    engine, metrics_file = trainer.engine, path / "metrics.jsonl"
+    logged = read_metrics(metrics_file) if metrics_file.is_file() else []
+    rates = sorted(r["tokens_per_second"] for r in logged if "tokens_per_second" in r)
     rate = rates[len(rates) // 2] if rates else trainer.tokens / max(trainer.seconds, 1e-9)
-    flops = trainer.workload.flops_per_token(trainer.model)
+    parameters, flops = engine.model_size(trainer)
     peak = meters.matmul_peak(DTYPES[trainer.recipe.train.precision], trainer.device, reached=rate * flops)
+    peak *= engine.devices
     metrics = {key: value for key, value in trainer.evaluation.items() if key not in ("step", "tokens")}
     return {
         **metrics,
@@ -122,13 +141,14 @@ def summarize(trainer: Trainer, path: Path, wall_seconds: float) -> Record:
         "tokens_per_second": rate,
         "flops_per_token": flops,
         "model_flops_utilization": rate * flops / peak,
-        "peak_memory_bytes": trainer.peak_memory_bytes,
-        "process_peak_bytes": meters.process_peak_bytes(),
+        "peak_memory_bytes": int(engine.highest(trainer.peak_memory_bytes)),
+        "process_peak_bytes": int(engine.highest(meters.process_peak_bytes())),
         "device_peak_bytes": meters.device_peak_bytes(trainer.device),
         "train_seconds": trainer.seconds,
         "wall_seconds": wall_seconds,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": parameters,
         "methods": trainer.changes,
+        "parallel": engine.report(),
         "reports": {method.card.name: report for method in trainer.methods if (report := method.report())},
         "checkpoints": trainer.checkpointer.report(),
         "fallbacks": entries(),

@@ -36,6 +36,7 @@ from torch import nn
 
 from headway.core import state as run_state
 from headway.core.checkpointer import Checkpointer
+from headway.core.engine import Engine
 from headway.core.errors import CheckpointError, DivergedError, Interrupted
 from headway.core.meters import live_peak, synchronize
 from headway.core.method import ForwardBackward, Gradients, Loss, Method, Schedule, Update, Weights
@@ -49,6 +50,7 @@ class Trainer:
     """A training, assembled by `core.build.build_trainer`; one step at a time, or whole with `fit`."""
 
     recipe: Recipe
+    engine: Engine
     workload: Workload
     methods: list[Method]
     changes: dict[str, list[str]]
@@ -93,20 +95,21 @@ class Trainer:
         """
         start = time.perf_counter()
         self.model.train()
+        self.engine.begin_step(self.step)
         batch = next(self.stream)
         factor = self.schedule(self.step, self.progress)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
         losses = [self.forward_backward(self._to_device(micro), batch.targets) for micro in batch.micro]
         grad_norm = self.gradients()
-        loss = float(sum(losses)) / batch.targets
+        loss = self.engine.total(float(sum(losses))) / batch.targets
         if not (math.isfinite(loss) and math.isfinite(norm := float(grad_norm))):
             raise DivergedError(f"step {self.step + 1}", f"the loss is {loss} and the gradient norm {float(grad_norm)}",
                                 hint="lower optimizer.lr, lengthen schedule.warmup or set train.clip")  # fmt: skip
         self.checkpointer.fence()  # the newest checkpoint may still be reading what the update changes
         self.update()
         synchronize(self.device)
-        elapsed = time.perf_counter() - start
+        elapsed = self.engine.highest(time.perf_counter() - start)
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + batch.tokens, self.seconds + elapsed
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": self.base_lrs[0] * factor,
                 "grad_norm": norm, "step_seconds": elapsed}  # fmt: skip
@@ -136,8 +139,8 @@ class Trainer:
         self._tell("on_start")
         started_at, window_tokens, window_seconds = self.step, self.tokens, self.seconds
         saved_at = self.step if self.step else None
-        with _signals() as stop:
-            while self.progress < 1 and not stop:
+        with _signals() as received:
+            while self.progress < 1 and not self.engine.any(bool(received)):
                 # The second step is metered: by then the optimizer's state exists. The first too, for runs of one step.
                 step = self.metered_step if self.step - started_at < 2 else self.train_step
                 try:
@@ -154,6 +157,7 @@ class Trainer:
                     self._evaluate()
                 if self.checkpointer.every and self.step % self.checkpointer.every == 0:
                     saved_at = self._save()
+            stop = self.engine.any(bool(received))
             if self.step == 0 and not stop:
                 raise DivergedError("data", "is exhausted before the first step", hint="lower train.batch or add data")
             if not stop and self.evaluation.get("step") != self.step:
@@ -163,14 +167,14 @@ class Trainer:
                 self._save()
             self.checkpointer.wait()
         if stop:
-            raise Interrupted(stop[0])
+            raise Interrupted(received[0] if received else signal.SIGTERM)
 
     def _evaluate(self) -> None:
         self.evaluation = self.evaluate()
         self._tell("on_eval", self.evaluation)
 
     def _save(self) -> int:
-        path = self.checkpointer.save(self.step, self.state_dict())
+        path = self.checkpointer.save(self.step, self.engine.to_save(self.state_dict()))
         self._tell("on_checkpoint", path)
         return self.step
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from headway.core.engine import Engine
     from headway.core.method import Loss
     from headway.core.recipe import Recipe
 
@@ -34,7 +35,11 @@ class Workload(ABC):
     """Builds everything that depends on what is learnt; made anew for each run from its recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
+        from headway.core.engine import Engine
+
         self.recipe = recipe
+        self.engine: Engine = Engine(recipe)
+        """Says which samples are this rank's, and sums over ranks."""
 
     @staticmethod
     @abstractmethod

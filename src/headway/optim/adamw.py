@@ -69,7 +69,7 @@ class AdamW:
         def inner(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return build_adamw(groups, options.lr, options.betas, options.eps)
 
-        if dtype == torch.float32:
+        if dtype in (torch.float32, torch.float64):
             return inner(param_groups(model, options.weight_decay))
         masters = lower_precision(model, dtype)
         return MasterOptimizer(param_groups(model, options.weight_decay), inner, masters)

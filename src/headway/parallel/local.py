@@ -97,6 +97,8 @@ def _fork(folder: Path, rank: int, world: int, work: Any, arguments: Any, timeou
         (folder / f"result-{rank}").write_bytes(result)
         dist.barrier()  # nobody leaves while another still talks to it
         status = 0
+    except HeadwayError as error:
+        (folder / f"error-{rank}").write_text(str(error))
     except BaseException:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
     finally:

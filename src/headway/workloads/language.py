@@ -16,6 +16,7 @@ from torch import nn
 from headway.core.errors import RecipeError, nearest
 from headway.core.method import Loss
 from headway.core.options import Options
+from headway.core.surgery import Absent
 from headway.core.workload import StepBatch, Workload
 from headway.data.loader import Stream, in_order
 from headway.data.options import DataOptions
@@ -83,7 +84,8 @@ class Language(Workload):
     @cached_property
     def data(self) -> Data:
         """The tokenizer and the packed training and validation text."""
-        return build_data(self.recipe.data, self.recipe.seed)  # type: ignore[arg-type]
+        with self.engine.one_first():
+            return build_data(self.recipe.data, self.recipe.seed)  # type: ignore[arg-type]
 
     def model_config(self) -> Options:
         """The recipe's model with the tokenizer's vocabulary filled in.
@@ -117,7 +119,8 @@ class Language(Workload):
     def compile(self, model: nn.Module) -> None:
         """Each block apart: one graph serves all of them, and the rest stays readable in a traceback."""
         for block in model.structure().blocks:  # type: ignore[operator]
-            block.compile()
+            if not isinstance(block, Absent):
+                block.compile()
 
     def loss(self) -> Loss:
         """Next-token cross-entropy."""
@@ -129,8 +132,10 @@ class Language(Workload):
         return Stream(
             self.data.train,
             batch=train.batch,
-            micro_batch=train.micro_batch or train.batch,
+            micro_batch=self.engine.stream_micro_batch,
             seed=self.recipe.seed,
+            rank=self.engine.data_rank,
+            world=self.engine.data_ranks,
             max_passes=data.max_passes,  # type: ignore[attr-defined]
             on_exhausted=data.on_exhausted,  # type: ignore[attr-defined]
         )
@@ -141,13 +146,13 @@ class Language(Workload):
         ``eval.batches`` takes a fixed sample of whole documents that fill so many batches: its bytes are exact too.
         """
         options, validation = self.recipe.eval, self.data.validation
-        size = options.batch or self.recipe.train.micro_batch or self.recipe.train.batch
+        size = options.batch or self.engine.stream_micro_batch or self.recipe.train.batch
         if options.batches is not None:
             validation = validation.sample(options.batches * size)
         loss, loss_sum = NextTokenLoss(), 0.0
-        for batch in in_order(validation, size):
-            batch_sum, _ = loss(model, {key: value.to(device) for key, value in batch.items()})
-            loss_sum += float(batch_sum)
+        for batch in in_order(validation, size, rank=self.engine.data_rank, world=self.engine.data_ranks):
+            loss_sum += self.engine.evaluate(model, loss, {key: value.to(device) for key, value in batch.items()})
+        loss_sum = self.engine.total(loss_sum)
         bits = loss_sum / math.log(2) / validation.text_bytes
         return {"eval_loss": loss_sum / validation.targets, "bits_per_byte": bits}
 

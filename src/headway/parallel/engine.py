@@ -1,0 +1,194 @@
+"""The engine of a run on many ranks: puts the dimensions of a layout together in the one order in which they fit.
+
+pipeline: the rank's stages            split
+tensor: its part of each matrix
+experts: its experts
+sequence: its part of each sequence
+methods, such as recomputation         (core/build.py)
+compile
+shard: FSDP2 around what is left       shard
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from headway.core.engine import Engine
+from headway.core.method import Gradients, Loss
+from headway.core.recipe import Recipe
+from headway.core.trainer import Trainer
+from headway.core.workload import Workload
+from headway.parallel.clip import clip_divided_
+from headway.parallel.legality import check_layout
+from headway.parallel.mesh import Mesh, settle
+from headway.parallel.shard import reshard, shard_weights
+from headway.parallel.start import join_ranks, local_rank
+from headway.resilience.folders import checkpoints
+
+
+class ParallelEngine(Engine):
+    """One of the ranks of a recipe's ``parallel`` section.
+
+    Raises:
+        RecipeError: the recipe cannot be laid out on so many ranks.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.rank, self.world = join_ranks()
+        self.layout = settle(recipe.parallel, self.world, recipe.train.batch)
+        check_layout(recipe, self.layout)
+        self._control = dist.new_group(backend="gloo") if torch.cuda.is_available() else None
+        self._made: Mesh | None = None
+        at = self.layout.coordinates(self.rank)
+        self.data_rank = at["replicate"] * self.layout.shard + at["shard"]
+        self.data_ranks = self.layout.data
+        self._speaks = at["tensor"] == at["pipeline"] == 0  # for the ranks that find the same losses
+        self._size = (0, 0.0)
+        self._changes: list[str] = []
+
+    @property
+    def mesh(self) -> Mesh:
+        """The process groups of the layout."""
+        if self._made is None:
+            kind = "cuda" if torch.cuda.is_available() and self.recipe.train.device != "cpu" else "cpu"
+            self._made = Mesh(self.layout, self.rank, kind)
+        return self._made
+
+    @property
+    def share(self) -> int:
+        """Sequences of a step that this rank trains on."""
+        return self.recipe.train.batch // self.data_ranks
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that pass through the model together."""
+        return min(self.recipe.train.micro_batch or self.share, self.share)
+
+    @property
+    def stream_micro_batch(self) -> int:
+        """A pipeline divides the rank's share itself."""
+        return self.share if self.layout.pipeline > 1 else self.micro_batch
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """The GPU of this rank's number on its machine."""
+        if wanted.type != "cuda":
+            return wanted
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+    def split(self, model: nn.Module, workload: Workload) -> nn.Module:
+        """Keep this rank's part of the model and teach it to talk to the others'."""
+        self._size = sum(p.numel() for p in model.parameters()), workload.flops_per_token(model)
+        layout, options = self.layout, self.recipe.parallel
+        if layout.tensor > 1:
+            from headway.parallel.tensor import tensor_parallel
+
+            self._changes += tensor_parallel(model, self.mesh["tensor"], sequence=options.tensor.sequence)
+        return model
+
+    def shard(self, model: nn.Module) -> None:
+        """FSDP2 over the ranks that run the same part on other samples or other tokens."""
+        if self._sharded:
+            self._changes += shard_weights(model, self.mesh.weights(), self.recipe.train.precision)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.layout.data * self.layout.sequence > 1
+
+    def weights_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """FSDP2 keeps fp32 weights, divided, and casts them as it gathers them."""
+        return torch.float32 if self._sharded and dtype == torch.bfloat16 else dtype
+
+    def gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Gradients:
+        """Clip by the norm over all ranks."""
+        holders = self.world // self.layout.pipeline
+
+        def gradients() -> Tensor:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            return clip_divided_(trained, clip, holders, set())
+
+        return gradients
+
+    def evaluate(self, model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> float:
+        """As one process does."""
+        value = super().evaluate(model, loss, batch)
+        reshard(model)
+        return value
+
+    def begin_step(self, step: int) -> None:
+        """Give the step's random numbers a seed of its own, other than that of ranks with other samples."""
+        at = self.layout.coordinates(self.rank)
+        place = (at["pipeline"] * self.data_ranks + self.data_rank) * self.layout.sequence + at["sequence"]
+        torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + place)
+
+    def total(self, value: float) -> float:
+        """Ranks that find the same losses count once."""
+        return self._reduce(value if self._speaks else 0.0, dist.ReduceOp.SUM)
+
+    def highest(self, value: float) -> float:
+        """Over all ranks."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Over all ranks."""
+        return bool(self._reduce(float(flag), dist.ReduceOp.MAX))
+
+    def _reduce(self, value: float, operation: Any) -> float:
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(number, operation, group=self._control)
+        return float(number)
+
+    def common(self, value: Any) -> Any:
+        """Rank 0's."""
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self._control)
+        return shared[0]
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Local rank 0 of each machine goes first."""
+        first = local_rank() == 0
+        if not first:
+            dist.barrier(group=self._control)
+        try:
+            yield
+        finally:
+            if first:
+                dist.barrier(group=self._control)
+
+    def load(self, trainer: Trainer) -> dict[str, Any] | None:
+        """The newest checkpoint, whatever layout wrote it: every rank reads its own parts."""
+        folder = getattr(trainer.checkpointer, "folder", None)
+        if not self.common(folder is not None and bool(checkpoints(folder))):
+            return None
+        _make_optimizer_state(trainer.optimizer)
+        state = trainer.state_dict()
+        loaded: dict[str, Any] | None = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
+        return loaded
+
+    def model_size(self, trainer: Trainer) -> tuple[int, float]:
+        """Of the model before it was divided."""
+        return self._size
+
+    def report(self) -> dict[str, Any]:
+        """The layout, and what was done to the model."""
+        return {"ranks": self.world, "layout": str(self.layout), "changes": self._changes}
+
+
+def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state, so that a checkpoint can be read into it: a step of no length."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    getattr(optimizer, "inner", optimizer).step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,98 @@
+"""Does a layout train what one process trains? The same recipe both ways, losses and gradients side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from headway.core.build import build_trainer
+from headway.core.recipe import Recipe
+from headway.core.trainer import Trainer
+from headway.parallel.local import run_ranks
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a layout's training is from one process's."""
+
+    layout: str
+    ranks: int
+    losses: list[tuple[float, float]]
+    """(one process, ranks) for each step, then for the evaluation after them."""
+    gradients: dict[str, float]
+    """Parameter -> largest difference of its gradient in the first step, relative to the largest gradient."""
+    changes: list[str]
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest relative difference of a loss."""
+        return max(abs(a - b) / max(abs(a), 1e-300) for a, b in self.losses)
+
+    @property
+    def gradient_difference(self) -> float:
+        """The largest relative difference of a gradient."""
+        return max(self.gradients.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"layout": self.layout, "ranks": self.ranks, "loss_difference": self.loss_difference,
+                "gradient_difference": self.gradient_difference, "losses": self.losses,
+                "gradients": self.gradients, "changes": self.changes}  # fmt: skip
+
+
+def parity(recipe: Recipe, ranks: int, steps: int = 3) -> Parity:
+    """Train ``steps`` steps in one process and on ``ranks`` forked here, from the same weights on the same data.
+
+    Args:
+        recipe: with the ``parallel`` section that is to be checked; ``train.precision=fp64`` shows faults that fp32's
+            rounding hides.
+
+    Raises:
+        HeadwayError: the recipe cannot be run or laid out so; a rank failed.
+    """
+    alone, expected, _, _ = run_ranks(1, _train, recipe.override("parallel=null"), steps)[0]
+    losses, gradients, layout, changes = run_ranks(ranks, _train, recipe, steps)[0]
+    largest = max(float(g.abs().max()) for g in expected.values())
+    differences = {name: float((gradients[name] - g).abs().max()) / largest for name, g in expected.items()}
+    return Parity(layout, ranks, list(zip(alone, losses, strict=True)), differences, changes)
+
+
+def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor], str, list[str]]:
+    trainer = build_trainer(recipe)
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    inner = trainer.gradients
+
+    def keep() -> Tensor:
+        if not gradients:
+            gradients.update(whole_gradients(trainer))
+        return inner()
+
+    trainer.gradients = keep
+    for _step in range(steps):
+        losses.append(trainer.train_step()["loss"])
+    losses.append(trainer.evaluate()["eval_loss"])
+    report = trainer.engine.report()
+    return losses, gradients, report.get("layout", "one rank"), report.get("changes", [])
+
+
+def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Name -> the gradient of the whole parameter, on the CPU; all ranks call it, and each gets all.
+
+    Parameters of other pipeline stages come from the ranks that have them.
+    """
+    import torch.distributed as dist
+
+    masters: dict[Tensor, Tensor] = getattr(trainer.optimizer, "masters", {})
+    own: dict[str, Tensor] = {}
+    for name, parameter in trainer.model.named_parameters():
+        grad: Any = masters.get(parameter, parameter).grad
+        if grad is not None:
+            own[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().cpu().clone()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    return {name: grad for part in reversed(everywhere) for name, grad in part.items()}

@@ -1,0 +1,56 @@
+"""Weights, gradients and optimizer state divided among ranks: FSDP2, and HSDP where groups hold whole copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from headway.core.surgery import Absent
+from headway.models.structure import structure
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
+
+
+def shard_weights(model: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -> list[str]:
+    """Divide the weights of a model of Headway or transformers over ``mesh``, block by block, in place.
+
+    Gradients are summed over the mesh, not averaged: each rank's loss is its part of the whole step's.
+
+    Args:
+        mesh: one dimension, or (replicas, shards).
+        precision: of the products; weights and the sums of gradients stay fp32.
+
+    Returns:
+        What was done, as sentences.
+
+    Source: Zhao et al. (arXiv 2304.11277); torch's ``fully_shard``.
+    """
+    dtype = DTYPES[precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    blocks = [block for block in structure(model).blocks if not isinstance(block, Absent)]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "hidden"):  # the loss goes through it, past `forward` and the hooks on it
+        register_fsdp_forward_method(model, "hidden")
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale what it sums
+    shards, replicas = mesh.size(mesh.ndim - 1), mesh.size() // mesh.size(mesh.ndim - 1)
+    copies = f", {replicas} copies" if replicas > 1 else ""
+    return [f"weights, gradients and optimizer state of {len(blocks)} blocks in {shards} parts{copies}"]
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 gathers as a whole."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Divide again what a forward pass without a backward pass has left gathered."""
+    for module in fsdp_modules(model):
+        module.reshard()

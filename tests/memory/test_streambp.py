@@ -68,8 +68,9 @@ def assert_same(model: Any, data: dict[str, Tensor], chunk: int) -> None:
         restore_blocks(blocks)
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
     assert streamed.keys() == plain.keys(), "names change"
-    for name, grad in plain.items():
-        error = (streamed[name] - grad).norm() / grad.norm()
+    most = max(grad.norm() for grad in plain.values())
+    for name, grad in plain.items():  # the true gradient of a bias of keys is zero
+        error = (streamed[name] - grad).norm() / grad.norm().clamp(min=1e-6 * most)
         assert error < 1e-10, f"{name}: {error}"
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, S keys, D hidden, H heads, hd head width, F inter
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,21 @@ class GPT2(nn.Module):
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
     plain_head = True
     """The logits are ``hidden @ head_weight.T`` and nothing else."""
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "embedding": "vocabulary",
+        "positions": "positions",
+        "blocks.*.attention_norm": "enter",
+        "blocks.*.attention.q": "heads",
+        "blocks.*.attention.k": "heads",
+        "blocks.*.attention.v": "heads",
+        "blocks.*.attention.out": "row",
+        "blocks.*.mlp_norm": "enter",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "norm": "leave",
+        "head": "vocabulary",
+    }
+    """How tensor parallelism divides the modules; ``headway.parallel.tensor.plan`` says what the words mean."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -40,7 +55,11 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
-        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy  # tensor parallelism has its own
+        # Tensor parallelism has its own of these, and this rank's share of the heads.
+        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
+        self.head_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout
+        self.cached_heads = config.heads
 
     def embed(
         self,
@@ -68,7 +87,7 @@ class GPT2(nn.Module):
                 hint="shorten the sequence, or train a model with a longer context",
             )
         x = self.embedding(tokens) + self.positions(positions)  # [B, T, D]
-        return F.dropout(x, self.config.dropout, self.training), {"segments": segments, "cache": cache}
+        return self.drop(x, self.config.dropout, self.training), {"segments": segments, "cache": cache}
 
     def hidden(
         self,
@@ -107,7 +126,7 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V]; arguments as for ``hidden``."""
         hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
-        return F.linear(hidden, self.head_weight)
+        return self.head_logits(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -131,7 +150,9 @@ class GPT2(nn.Module):
         """An empty cache for ``batch`` sequences of up to ``length`` tokens; by default in the dtype of the weights."""
         config, weight = self.config, self.embedding.weight
         windows = [None] * config.layers
-        return KVCache(batch, length, windows, config.heads, config.head_width, dtype or weight.dtype, weight.device)
+        return KVCache(
+            batch, length, windows, self.cached_heads, config.head_width, dtype or weight.dtype, weight.device
+        )
 
 
 class Block(nn.Module):
@@ -144,13 +165,14 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.mlp = FeedForward(config)
+        self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout  # tensor parallelism has its own
 
     def forward(self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         y = self.attention(self.attention_norm(x), segments, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.drop(y, self.dropout, self.training)
         y = self.mlp(self.mlp_norm(x))
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + self.drop(y, self.dropout, self.training)
 
 
 class Attention(nn.Module):
@@ -159,15 +181,15 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.head_dim = layer, config.heads, config.head_width
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.q, self.k, self.v = (nn.Linear(config.hidden, config.hidden) for _ in range(3))
         self.out = nn.Linear(config.hidden, config.hidden)
         self.attend: Callable[..., Tensor] = attention  # sequence parallelism puts its own here
 
     def forward(self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3 * self.heads, self.head_dim).transpose(1, 2)  # [B, 3 H, T, hd]
-        q, k, v = qkv.chunk(3, dim=1)
+        # The number of heads is what the products give: under tensor parallelism, this rank's share.
+        q, k, v = (part(x).view(B, T, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, H, S, hd]
         y = self.attend(q, k, v, segments=segments, offset=k.shape[2] - T)  # [B, H, T, hd]

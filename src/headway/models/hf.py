@@ -65,11 +65,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     with ExitStack() as stack:
         tensors = _TensorFolder(Path(folder), stack)
         prefix = _missing_prefix(config, tensors)
-        wanted = {name.removeprefix(prefix) for weight in weights for name in weight.theirs}
+        wanted = {weight.theirs.removeprefix(prefix) for weight in weights}
         _check_names(tensors, wanted, config)
         for weight in weights:
-            for name, part in weight.parts(parameters[weight.ours]):
-                part.copy_(tensors.get(name.removeprefix(prefix), tuple(part.shape)))
+            tensor = tensors.get(weight.theirs.removeprefix(prefix), weight.shape(parameters))
+            for name, part in weight.parts(tensor):
+                parameters[name].copy_(part)
 
 
 def save_hf(
@@ -210,12 +211,12 @@ def _their_tensors(
     config: LlamaConfig | GPT2Config, weights: list[Weight], parameters: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     for weight in weights:
-        for name, part in weight.parts(parameters[weight.ours].detach()):
-            yield name, part
-            if model_type(config) == "qwen2" and re.search(r"\.[qkv]_proj\.weight$", name):
-                assert isinstance(config, LlamaConfig)
-                if not config.qkv_bias:
-                    yield name.removesuffix("weight") + "bias", part.new_zeros(part.shape[0])
+        name, tensor = weight.theirs, weight.whole(parameters).detach()
+        yield name, tensor
+        if model_type(config) == "qwen2" and re.search(r"\.[qkv]_proj\.weight$", name):
+            assert isinstance(config, LlamaConfig)
+            if not config.qkv_bias:
+                yield name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:

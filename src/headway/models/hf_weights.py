@@ -1,10 +1,11 @@
-"""Which tensors of a Hugging Face folder make up which parameter of ours; read in both directions."""
+"""Which tensor of a Hugging Face folder holds which parameters of ours; read in both directions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from headway.core.errors import ModelError
@@ -13,21 +14,31 @@ from headway.models.config import GPT2Config, LlamaConfig
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of ours and the tensors that it joins along its first dimension."""
+    """One tensor of a folder and the parameters of ours that it joins along its output channels."""
 
-    ours: str
-    """Its name in our model."""
-    theirs: tuple[str, ...]
-    """Names in the folder, in the order in which they are joined."""
+    ours: tuple[str, ...]
+    """Their names in our model, in the order in which they are joined."""
+    theirs: str
+    """Its name in the folder."""
     rows: tuple[int, ...]
-    """Rows of each within the joined parameter."""
+    """Output channels of each of ours: the first dimension of a matrix."""
     transposed: bool = False
     """The folder stores [in, out], as GPT-2's Conv1D does."""
 
-    def parts(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name and content of each tensor of the folder: views of ``parameter``, shaped as the folder has them."""
-        for name, part in zip(self.theirs, parameter.split(self.rows), strict=True):
-            yield name, part.T if self.transposed else part
+    def parts(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name and content of each parameter of ours: views of ``tensor``, which is the folder's."""
+        yield from zip(self.ours, (tensor.T if self.transposed else tensor).split(self.rows), strict=True)
+
+    def whole(self, parameters: dict[str, Tensor]) -> Tensor:
+        """The folder's tensor, from our parameters by name: a view of one, a copy of several."""
+        parts = [parameters[name] for name in self.ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensor.T if self.transposed else tensor
+
+    def shape(self, parameters: dict[str, Tensor]) -> tuple[int, ...]:
+        """Of the folder's tensor."""
+        shape = (sum(self.rows), *parameters[self.ours[0]].shape[1:])
+        return shape[::-1] if self.transposed else shape
 
 
 def weight_map(config: LlamaConfig | GPT2Config) -> list[Weight]:
@@ -42,7 +53,7 @@ def parameters_of(model: nn.Module, weights: list[Weight]) -> dict[str, Tensor]:
         ModelError: the model lacks one or has others: a method replaced parts of it.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    expected = {weight.ours for weight in weights}
+    expected = {name for weight in weights for name in weight.ours}
     if parameters.keys() != expected:
         odd = sorted(parameters.keys() ^ expected)
         raise ModelError(
@@ -60,7 +71,7 @@ def _some(names: list[str]) -> str:
 def _llama(config: LlamaConfig) -> list[Weight]:
     D, V, F = config.hidden, config.vocabulary, config.intermediate_width
     q, kv = config.heads * config.head_width, config.kv_head_count * config.head_width
-    weights = [Weight("embedding.weight", ("model.embed_tokens.weight",), (V,))]
+    weights = [Weight(("embedding.weight",), "model.embed_tokens.weight", (V,))]
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         for name, other, rows in (
@@ -74,39 +85,40 @@ def _llama(config: LlamaConfig) -> list[Weight]:
             ("mlp.up", "mlp.up_proj", F),
             ("mlp.down", "mlp.down_proj", D),
         ):
-            weights.append(Weight(f"{ours}.{name}.weight", (f"{theirs}.{other}.weight",), (rows,)))
+            weights.append(Weight((f"{ours}.{name}.weight",), f"{theirs}.{other}.weight", (rows,)))
             if config.qkv_bias and name[-2:] in (".q", ".k", ".v"):
-                weights.append(Weight(f"{ours}.{name}.bias", (f"{theirs}.{other}.bias",), (rows,)))
+                weights.append(Weight((f"{ours}.{name}.bias",), f"{theirs}.{other}.bias", (rows,)))
         if config.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 name = f"{theirs}.self_attn.{norm}.weight"
-                weights.append(Weight(f"{ours}.attention.{norm}.weight", (name,), (config.head_width,)))
-    weights.append(Weight("norm.weight", ("model.norm.weight",), (D,)))
+                weights.append(Weight((f"{ours}.attention.{norm}.weight",), name, (config.head_width,)))
+    weights.append(Weight(("norm.weight",), "model.norm.weight", (D,)))
     if not config.tied:
-        weights.append(Weight("head.weight", ("lm_head.weight",), (V,)))
+        weights.append(Weight(("head.weight",), "lm_head.weight", (V,)))
     return weights
 
 
 def _gpt2(config: GPT2Config) -> list[Weight]:
     D, V, F = config.hidden, config.vocabulary, config.intermediate_width
     weights = [
-        Weight("embedding.weight", ("transformer.wte.weight",), (V,)),
-        Weight("positions.weight", ("transformer.wpe.weight",), (config.context,)),
+        Weight(("embedding.weight",), "transformer.wte.weight", (V,)),
+        Weight(("positions.weight",), "transformer.wpe.weight", (config.context,)),
     ]
     for layer in range(config.layers):
         for ours, theirs, rows, matrix in (
-            ("attention_norm", "ln_1", D, False),
-            ("attention.qkv", "attn.c_attn", 3 * D, True),
-            ("attention.out", "attn.c_proj", D, True),
-            ("mlp_norm", "ln_2", D, False),
-            ("mlp.up", "mlp.c_fc", F, True),
-            ("mlp.down", "mlp.c_proj", D, True),
+            (("attention_norm",), "ln_1", D, False),
+            (("attention.q", "attention.k", "attention.v"), "attn.c_attn", D, True),
+            (("attention.out",), "attn.c_proj", D, True),
+            (("mlp_norm",), "ln_2", D, False),
+            (("mlp.up",), "mlp.c_fc", F, True),
+            (("mlp.down",), "mlp.c_proj", D, True),
         ):
-            name, other = f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}"
-            weights.append(Weight(f"{name}.weight", (f"{other}.weight",), (rows,), transposed=matrix))
-            weights.append(Weight(f"{name}.bias", (f"{other}.bias",), (rows,)))
-    weights.append(Weight("norm.weight", ("transformer.ln_f.weight",), (D,)))
-    weights.append(Weight("norm.bias", ("transformer.ln_f.bias",), (D,)))
+            for kind in ("weight", "bias"):
+                names = tuple(f"blocks.{layer}.{name}.{kind}" for name in ours)
+                turned = matrix and kind == "weight"
+                weights.append(Weight(names, f"transformer.h.{layer}.{theirs}.{kind}", (rows,) * len(ours), turned))
+    weights.append(Weight(("norm.weight",), "transformer.ln_f.weight", (D,)))
+    weights.append(Weight(("norm.bias",), "transformer.ln_f.bias", (D,)))
     if not config.tied:
-        weights.append(Weight("head.weight", ("lm_head.weight",), (V,)))
+        weights.append(Weight(("head.weight",), "lm_head.weight", (V,)))
     return weights

@@ -11,7 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,23 @@ class Llama(nn.Module):
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
     plain_head = True
     """The logits are ``hidden @ head_weight.T`` and nothing else."""
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "embedding": "vocabulary",
+        "blocks.*.attention_norm": "enter",
+        "blocks.*.attention.q": "heads",
+        "blocks.*.attention.k": "kv_heads",
+        "blocks.*.attention.v": "kv_heads",
+        "blocks.*.attention.q_norm": "inside",
+        "blocks.*.attention.k_norm": "inside",
+        "blocks.*.attention.out": "row",
+        "blocks.*.mlp_norm": "enter",
+        "blocks.*.mlp.gate": "column",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "norm": "leave",
+        "head": "vocabulary",
+    }
+    """How tensor parallelism divides the modules; ``headway.parallel.tensor.plan`` says what the words mean."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -47,7 +64,11 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
-        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy  # tensor parallelism has its own
+        # Tensor parallelism has its own of these, and this rank's share of the key and value heads.
+        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
+        self.head_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout
+        self.cached_heads = config.kv_head_count
 
     def embed(
         self,
@@ -69,7 +90,7 @@ class Llama(nn.Module):
             positions = torch.arange(start, end, device=tokens.device)  # [T]
         elif self.rope.dynamic:
             end = int(positions.max()) + 1
-        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
+        x = self.drop(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
         return x, {"rope": self.rope(positions, end, x.dtype), "segments": segments, "cache": cache}
 
     def hidden(
@@ -106,7 +127,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V]; arguments as for ``hidden``."""
         hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
-        return F.linear(hidden, self.head_weight)
+        return self.head_logits(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -133,7 +154,7 @@ class Llama(nn.Module):
         config, weight = self.config, self.embedding.weight
         windows = [config.window_of(layer) for layer in range(config.layers)]
         return KVCache(
-            batch, length, windows, config.kv_head_count, config.head_width, dtype or weight.dtype, weight.device
+            batch, length, windows, self.cached_heads, config.head_width, dtype or weight.dtype, weight.device
         )
 
 
@@ -147,6 +168,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
         self.mlp = FeedForward(config)
+        self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout  # tensor parallelism has its own
 
     def forward(
         self,
@@ -157,9 +179,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         y = self.attention(self.attention_norm(x), rope, segments, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.drop(y, self.dropout, self.training)
         y = self.mlp(self.mlp_norm(x))
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + self.drop(y, self.dropout, self.training)
 
 
 class Attention(nn.Module):

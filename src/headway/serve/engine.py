@@ -227,7 +227,8 @@ def _steps(
 def _last_logits(model: Any, tokens: Tensor, cache: Cache | None) -> Tensor:
     """Logits [V] after the last of ``tokens`` [1, T]; where the head allows, only of that one."""
     if model.plain_head:
-        return F.linear(model.hidden(tokens, cache=cache)[0, -1], model.head_weight)
+        product = getattr(model, "head_logits", F.linear)
+        return product(model.hidden(tokens, cache=cache)[0, -1], model.head_weight)
     return model(tokens, cache=cache)[0, -1]
 
 

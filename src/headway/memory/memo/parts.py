@@ -92,9 +92,8 @@ class GPT2Parts:
 
     def project(self, x: Tensor, span: Span, shared: Shared) -> QKV:
         """See `Parts`."""
-        own = self.block.attention
-        qkv = own.qkv(self.block.attention_norm(x)).unflatten(-1, (3 * own.heads, own.head_dim)).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=1)
+        own, x = self.block.attention, self.block.attention_norm(x)
+        q, k, v = (part(x).unflatten(-1, (-1, own.head_dim)).transpose(1, 2) for part in (own.q, own.k, own.v))
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:

@@ -74,22 +74,20 @@ class GPT2Parts:
 
     def __init__(self, block: gpt2.Block) -> None:
         self.block = block
-        self.split = block.attention.heads * block.attention.head_dim
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        qkv = self.block.attention.qkv
-        y = F.linear(self.block.attention_norm(x), qkv.weight[rows], qkv.bias[rows])
-        return y.unflatten(-1, (-1, self.block.attention.head_dim)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads hd] -> [B, heads, T, hd]."""
+        return x.unflatten(-1, (-1, self.block.attention.head_dim)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         """See `Parts`."""
-        k, v = self._project(x, slice(self.split, None)).chunk(2, dim=1)
-        return k, v
+        x = self.block.attention_norm(x)
+        return self._heads(self.block.attention.k(x)), self._heads(self.block.attention.v(x))
 
     def rest(self, x: Tensor, k: Tensor, v: Tensor, start: int, shared: Shared) -> Tensor:
         """See `Parts`."""
         block, end = self.block, start + x.shape[1]
-        q = self._project(x, slice(0, self.split))
+        q = self._heads(block.attention.q(block.attention_norm(x)))
         y = attention(q, k, v, segments=_prefix(shared, end), offset=start)
         y = block.attention.out(y.transpose(1, 2).flatten(2))
         x = x + F.dropout(y, block.dropout, block.training)

@@ -63,11 +63,16 @@ def linear_cross_entropy(
         Gradients are exact, in the dtypes of ``hidden`` and ``weight``; there are no second derivatives.
     """
     if chunk is None:
-        budget = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES_ELSEWHERE)
-        chunk = max(_MIN_CHUNK, budget // (4 * weight.shape[0]))
+        chunk = default_chunk(weight.shape[0], weight.device)
     grad = torch.is_grad_enabled()
     loss = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, label_smoothing, z_loss, logit_scale, grad)
     return loss, (targets != IGNORE).sum()
+
+
+def default_chunk(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose ``vocabulary`` logits suit the device."""
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    return max(_MIN_CHUNK, budget // (4 * vocabulary))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -114,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if label_smoothing:
                 p -= label_smoothing / vocabulary
             # what is ignored is taken out of the narrow factors of the products rather than out of [C, V]
-            g, factor = p.to(hidden.dtype), (kept * logit_scale)[:, None]
+            g, factor = p.to(hidden.dtype), (kept.to(wide) * logit_scale)[:, None]
             if grad_hidden is not None:
                 torch.mul(g @ weight, factor, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:

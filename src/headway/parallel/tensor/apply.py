@@ -1,0 +1,137 @@
+"""Make a model tensor-parallel, in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from headway.core.errors import ModelError
+from headway.parallel.tensor.dropout import TokenDropout
+from headway.parallel.tensor.head import VocabularyHead
+from headway.parallel.tensor.modules import (
+    ColumnLinear,
+    PositionEmbedding,
+    RowLinear,
+    SharedColumnLinear,
+    VocabularyEmbedding,
+    WithLocal,
+    take_over,
+)
+from headway.parallel.tensor.place import Place
+from headway.parallel.tensor.plan import check_degree, read_plan
+
+_DIMENSION = {"vocabulary": 0, "heads": 0, "kv_heads": 0, "column": 0, "row": 1}
+"""Along which dimension a role divides a matrix; the others keep theirs whole."""
+
+
+def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = True) -> list[str]:
+    """Divide the matrices of a model of Headway among the ranks of ``mesh``, in place.
+
+    Every rank has built the same model and gives it the same batches. Parameters become DTensors on ``mesh`` with the
+    names and shapes that they had, so that FSDP2 and checkpoints take them as they are; their gradients are whole:
+    nothing is left to be summed over ``mesh``. ``hidden`` and ``forward`` give the same on every rank, and so does
+    ``head_loss``.
+
+    Args:
+        model: declares a ``tensor_plan`` (see `headway.parallel.tensor.plan`).
+        mesh: one dimension.
+        sequence: between the regions that are divided by channels, each rank works on its share of the tokens.
+
+    Returns:
+        What was done, as sentences.
+
+    Raises:
+        ModelError: the model declares no plan, cannot be divided in so many parts, is divided already, or is not the
+            same on all ranks.
+
+    Source: Shoeybi et al. (arXiv 1909.08053), section 3; Korthikanti et al. (arXiv 2205.05198), section 4.2.
+    """
+    roles = read_plan(model)
+    check_degree(model, roles, mesh.size())
+    _check_same(model, mesh)
+    place = Place(mesh, sequence)
+    for path, role in roles.items():
+        parent_path, _, name = path.rpartition(".")
+        parent: Any = model.get_submodule(parent_path)
+        if role != "apart":
+            setattr(parent, name, _divided(getattr(parent, name), role, place, _kv_heads(model)))
+        if role == "heads":
+            parent.heads, parent.kv_heads = model.config.heads // place.size, _kv_heads_here(model, place)
+    head = VocabularyHead(place, model.vocab)
+    model.head_loss, model.head_logits = head.loss, head.logits
+    model.cached_heads = _kv_heads_here(model, place)
+    for module in model.modules():
+        if hasattr(module, "drop"):
+            module.drop = TokenDropout(place)
+    return _sentences(roles, model, place)
+
+
+def _kv_heads(model: Any) -> int:
+    return getattr(model.config, "kv_head_count", model.config.heads)
+
+
+def _kv_heads_here(model: Any, place: Place) -> int:
+    return max(1, _kv_heads(model) // place.size)
+
+
+def _divided(module: Any, role: str, place: Place, kv_heads: int) -> nn.Module:
+    """What takes the place of ``module``, with DTensors for parameters."""
+    shared = role == "kv_heads" and kv_heads % place.size != 0
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                dim = None if shared else _DIMENSION.get(role)
+                if role == "row" and parameter.ndim == 1:
+                    dim = None  # its bias is added once, to the sum
+                owner._parameters[name] = place.parameter(parameter, dim)
+    if shared:
+        linear = take_over(SharedColumnLinear, module, place)
+        linear.__dict__["heads"] = kv_heads
+        return linear
+    if role == "vocabulary":
+        return take_over(VocabularyEmbedding if isinstance(module, nn.Embedding) else ColumnLinear, module, place)
+    if role in ("heads", "kv_heads", "column"):
+        return take_over(ColumnLinear, module, place)
+    if role == "row":
+        return take_over(RowLinear, module, place)
+    if role == "positions":
+        return take_over(PositionEmbedding, module, place)
+    return WithLocal(module, place, role)
+
+
+@torch.no_grad()
+def _check_same(model: nn.Module, mesh: DeviceMesh) -> None:
+    named = list(model.named_parameters())
+    for path, parameter in named:
+        if isinstance(parameter, DTensor):
+            raise ModelError(path, "is divided already", hint="make the model tensor-parallel before it is sharded")
+    if any(parameter.is_meta for _, parameter in named):
+        return
+    sums = torch.stack([parameter.double().sum() if parameter.numel() < 4096 else parameter.sum(dtype=torch.float64)
+                        for _, parameter in named])  # fmt: skip
+    of_all = [torch.empty_like(sums) for _ in range(mesh.size())]
+    dist.all_gather(of_all, sums, group=mesh.get_group())
+    for rank, other in enumerate(of_all):
+        if not torch.equal(other, of_all[0]):
+            path = named[int((other != of_all[0]).nonzero()[0])][0]
+            raise ModelError(path, f"differs between ranks 0 and {rank} of the tensor group",
+                             hint="build the model with the same seed, or load the same weights, on all")  # fmt: skip
+
+
+def _sentences(roles: dict[str, str], model: Any, place: Place) -> list[str]:
+    count = Counter(roles.values())
+    columns = count["heads"] + count["kv_heads"] + count["column"]
+    said = [f"{columns} matrices divided by columns, {count['row']} by rows, among {place.size} ranks"]
+    if count["vocabulary"]:
+        said.append(f"a vocabulary of {model.vocab} divided among {place.size} ranks, with the loss of its head")
+    if count["kv_heads"] and _kv_heads(model) % place.size:
+        said.append(f"{_kv_heads(model)} key and value heads repeated for {place.size} ranks")
+    if place.sequence:
+        said.append(f"norms and residual stream on 1/{place.size} of the tokens")
+    return said

@@ -1,0 +1,125 @@
+"""The modules of a divided model. They keep the names and global shapes of the parameters of those they replace."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from headway.core.surgery import Shell
+from headway.layers.embedding import Embedding, embedding
+from headway.parallel.tensor.place import Place, local
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def take_over(kind: type[M], old: nn.Module, place: Place) -> M:
+    """A module of class ``kind`` with everything that ``old`` has."""
+    new = kind.__new__(kind)
+    new.__dict__.update(old.__dict__)
+    new.__dict__["place"] = place
+    return new
+
+
+class ColumnLinear(nn.Linear):
+    """Every rank has all inputs and gives some of the output channels."""
+
+    place: Place
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T, in] -> [B, T, out / t]."""
+        bias = None if self.bias is None else local(self.bias)
+        return F.linear(input, local(self.weight), bias)
+
+
+class SharedColumnLinear(nn.Linear):
+    """As `ColumnLinear`, where several ranks give the same channels: more ranks than key and value heads.
+
+    Each has the whole weight, uses its head's rows, and the rows' gradients are summed.
+    """
+
+    place: Place
+    heads: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T, in] -> [B, T, hd]."""
+        width = self.out_features // self.heads
+        start = self.place.rank * self.heads // self.place.size * width
+        weight = self.place.inside(self.weight).narrow(0, start, width)
+        bias = None if self.bias is None else self.place.inside(self.bias).narrow(0, start, width)
+        return F.linear(input, weight, bias)
+
+
+class RowLinear(nn.Linear):
+    """Every rank has some of the inputs and contributes to all outputs."""
+
+    place: Place
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T, in / t] -> [B, T, out], or [B, T / t, out] where tokens are shared."""
+        y = self.place.leave(F.linear(input, local(self.weight)))
+        return y if self.bias is None else y + self.place.outside(self.bias)
+
+
+class VocabularyEmbedding(Embedding):
+    """Every rank has some of the vocabulary."""
+
+    place: Place
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer [B, T] -> [B, T, D], or [B, T / t, D] where tokens are shared.
+
+        Raises:
+            IndexError: a token is not in the vocabulary (not looked at on a GPU, which would have to wait).
+        """
+        self.place.begin(input.shape[-1])
+        total = self.num_embeddings
+        if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel():
+            low, high = map(int, input.aminmax())
+            if low < 0 or high >= total:
+                raise IndexError(f"token {low if low < 0 else high} is not in a vocabulary of {total}")
+        start, end = self.place.bounds(total)
+        mine = (input >= start) & (input < end)
+        weight = local(self.weight)
+        if start == end:  # more ranks than the vocabulary has parts
+            rows = weight.sum() + weight.new_zeros(*input.shape, self.embedding_dim)
+        else:
+            rows = embedding(torch.where(mine, input - start, 0), weight).masked_fill(~mine[..., None], 0.0)
+        return self.place.leave(rows)
+
+
+class PositionEmbedding(Embedding):
+    """Positions of the tokens that this rank has outside."""
+
+    place: Place
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer [T] or [B, T] -> [.., T, D], or [.., T / t, D] where tokens are shared."""
+        return embedding(self.place.mine(input, -1), self.place.outside(self.weight))
+
+
+class WithLocal(Shell):
+    """Any module whose parameters every rank has whole, called on this rank's share of the work.
+
+    Args:
+        original: the module.
+        place: of this rank.
+        role: ``tokens``, on the tokens outside; ``inside``, on this rank's channels or heads; ``enter``, on the tokens
+            outside with its result going into the region; ``leave``, with its result for all ranks alike.
+    """
+
+    def __init__(self, original: nn.Module, place: Place, role: str) -> None:
+        super().__init__(original)
+        self.place, self.role = place, role
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module."""
+        use = self.place.inside if self.role == "inside" else self.place.outside
+        parameters = {name: use(parameter) for name, parameter in self.original.named_parameters()}
+        y = functional_call(self.original, parameters, args, kwargs)
+        if self.role == "enter":
+            return self.place.enter(y)
+        return self.place.join(y) if self.role == "leave" and self.place.divided else y

@@ -39,13 +39,15 @@ class ProgressLines(Observer):
     def on_start(self, trainer: Trainer) -> None:
         """Say what is trained, where, what is to know about the data, and what each method changed."""
         self.began_at, self.began_with = time.perf_counter(), trainer.progress
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        parameters, _ = trainer.engine.model_size(trainer)
         going_on = f", going on after step {trainer.step}" if trainer.step else ""
         self.say(
             f"training {human(parameters)} parameters on {trainer.device} in {trainer.recipe.train.precision}{going_on}"
         )
         for remark in getattr(getattr(trainer.workload, "data", None), "notes", ()):
             self.say(f"  data: {remark}")
+        if divided := trainer.engine.report():
+            self.say(f"  {divided['ranks']} ranks, {divided['layout']}: {'; '.join(divided['changes'])}")
         for name, changes in trainer.changes.items():
             self.say(f"  method {name}: {'; '.join(changes)}")
 

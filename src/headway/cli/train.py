@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from headway.cli.output import JsonFlag, Overrides, note, percent, print_json, p
 from headway.core.units import human, human_seconds
 
 if TYPE_CHECKING:
+    from headway.core.recipe import Recipe
     from headway.core.run import Run
 
 RunOption = Annotated[
@@ -31,6 +33,10 @@ def train(
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="PROMPT", help="Also print how the model goes on after PROMPT.")
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", metavar="N", min=1, help="Start N processes on this machine and train on all of them."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Train a recipe. The same RECIPE and DIR again go on where they stopped; Ctrl-C saves first.
@@ -40,6 +46,7 @@ def train(
     """
     from headway.cli.progress import progress
     from headway.core.errors import Interrupted
+    from headway.core.metrics import Observer
     from headway.core.recipe import Recipe
     from headway.core.run import next_run_directory
     from headway.core.train import train as train_run
@@ -49,8 +56,15 @@ def train(
     folder = run or next_run_directory(loaded.name)
     if fresh and not yes:
         _ask_to_delete(folder)
-    note(f"run directory {folder}; preparing data and model")
-    observer = progress()
+    if ranks is not None:
+        options = ["--fresh", "--yes"] * fresh + ["--baselines"] * baselines + ["--json"] * json
+        options += ["--sample", sample] if sample is not None else []
+        _start_ranks(loaded, ranks, [str(recipe), *(overrides or ()), "--run", str(folder), *options])
+        return
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        note(f"run directory {folder}; preparing data and model")
+    observer = progress() if leads else Observer()
     try:
         done = train_run(loaded, run=folder, fresh=fresh, observers=[observer])
     except Interrupted:
@@ -58,6 +72,8 @@ def train(
         raise
     finally:
         observer.close()
+    if not leads:
+        return
     write_report([done], done.path / "report.html")
 
     result = {"run": str(done.path), **done.summary}
@@ -66,6 +82,22 @@ def train(
     if sample is not None:
         result["sample"] = _sample(done, sample)
     print_json(result) if json else _print(result)
+
+
+def _start_ranks(recipe: Recipe, ranks: int, arguments: list[str]) -> None:
+    from headway.core.engine import ranks_here
+    from headway.core.errors import RecipeError
+    from headway.parallel.launch import launch
+    from headway.parallel.legality import check_layout
+    from headway.parallel.mesh import settle
+
+    if ranks_here() > 1:
+        raise RecipeError("--ranks", f"is given to a process that is one of {ranks_here()} ranks already")
+    layout = settle(recipe.parallel, ranks, recipe.train.batch)
+    check_layout(recipe, layout)
+    note(f"starting {ranks} ranks: {layout}")
+    if status := launch(["train", *arguments], ranks):
+        raise typer.Exit(status)
 
 
 def _ask_to_delete(folder: Path) -> None:

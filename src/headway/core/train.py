@@ -82,6 +82,8 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(trainer, error, planned=plan is not None) from error
+            if engine.world > 1 and "onnection closed by peer" in str(error):
+                raise HeadwayError(f"step {trainer.step + 1}", "another rank is gone") from error
             raise
         summary = summarize(trainer, path, time.perf_counter() - started)
         if plan is not None:

@@ -146,10 +146,11 @@ class Language(Workload):
         ``eval.batches`` takes a fixed sample of whole documents that fill so many batches: its bytes are exact too.
         """
         options, validation = self.recipe.eval, self.data.validation
-        size = options.batch or self.engine.stream_micro_batch or self.recipe.train.batch
+        size = options.batch or self.recipe.train.micro_batch or self.recipe.train.batch
         if options.batches is not None:
             validation = validation.sample(options.batches * size)
         loss, loss_sum = NextTokenLoss(), 0.0
+        size = min(size, self.engine.stream_micro_batch or size)
         for batch in in_order(validation, size, rank=self.engine.data_rank, world=self.engine.data_ranks):
             loss_sum += self.engine.evaluate(model, loss, {key: value.to(device) for key, value in batch.items()})
         loss_sum = self.engine.total(loss_sum)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is on this rank; a plain tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def clip_(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients in place so that their joint 2-norm is at most ``max_norm``.
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.core.clip import local
+
 Groups = list[dict[str, Any]]
 
 
@@ -144,5 +146,5 @@ class MasterOptimizer:
     @torch.no_grad()
     def _round(self) -> None:
         if self._pairs:
-            parameters, masters = zip(*self._pairs)
-            torch._foreach_copy_(list(parameters), list(masters))
+            parameters, masters = ([local(t) for t in column] for column in zip(*self._pairs))
+            torch._foreach_copy_(parameters, masters)

@@ -11,10 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of it that is on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from headway.core.clip import local
 
 
 def shards(tensor: Tensor) -> int:

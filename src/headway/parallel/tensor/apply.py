@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from headway.core.errors import ModelError
+from headway.layers.embedding import Embedding
 from headway.parallel.tensor.dropout import TokenDropout
 from headway.parallel.tensor.head import VocabularyHead
 from headway.parallel.tensor.modules import (
@@ -20,17 +22,26 @@ from headway.parallel.tensor.modules import (
     RowLinear,
     SharedColumnLinear,
     VocabularyEmbedding,
-    WithLocal,
-    take_over,
+    use_whole,
 )
 from headway.parallel.tensor.place import Place
-from headway.parallel.tensor.plan import check_degree, read_plan
+from headway.parallel.tensor.plan import check_degree, check_modules, kv_heads_of, read_plan
 
 _DIMENSION = {"vocabulary": 0, "heads": 0, "kv_heads": 0, "column": 0, "row": 1}
 """Along which dimension a role divides a matrix; the others keep theirs whole."""
+_COLUMN: dict[type, type[nn.Module]] = {nn.Linear: ColumnLinear}
+_CLASSES: dict[str, dict[type, type[nn.Module]]] = {
+    "vocabulary": {Embedding: VocabularyEmbedding, nn.Linear: ColumnLinear},
+    "positions": {Embedding: PositionEmbedding},
+    "heads": _COLUMN,
+    "kv_heads": _COLUMN,
+    "column": _COLUMN,
+    "row": {nn.Linear: RowLinear},
+}
+"""What a module of a given class becomes in a role; in the other roles any module can be."""
 
 
-def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = True) -> list[str]:
+def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = True, apart: Sequence[str] = ()) -> list[str]:
     """Divide the matrices of a model of Headway among the ranks of ``mesh``, in place.
 
     Every rank has built the same model and gives it the same batches. Parameters become DTensors on ``mesh`` with the
@@ -42,6 +53,7 @@ def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = True) -> l
         model: declares a ``tensor_plan`` (see `headway.parallel.tensor.plan`).
         mesh: one dimension.
         sequence: between the regions that are divided by channels, each rank works on its share of the tokens.
+        apart: modules that somebody else divides, such as ``blocks.*.mlp.experts``; they are left as they are.
 
     Returns:
         What was done, as sentences.
@@ -52,57 +64,40 @@ def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool = True) -> l
 
     Source: Shoeybi et al. (arXiv 1909.08053), section 3; Korthikanti et al. (arXiv 2205.05198), section 4.2.
     """
-    roles = read_plan(model)
+    roles = read_plan(model, apart)
+    check_modules(model, roles, {role: tuple(classes) for role, classes in _CLASSES.items()})
     check_degree(model, roles, mesh.size())
     _check_same(model, mesh)
     place = Place(mesh, sequence)
+    kv_heads = kv_heads_of(model)
     for path, role in roles.items():
-        parent_path, _, name = path.rpartition(".")
-        parent: Any = model.get_submodule(parent_path)
         if role != "apart":
-            setattr(parent, name, _divided(getattr(parent, name), role, place, _kv_heads(model)))
+            _divide(model.get_submodule(path), role, place, kv_heads)
         if role == "heads":
-            parent.heads, parent.kv_heads = model.config.heads // place.size, _kv_heads_here(model, place)
+            attention = model.get_submodule(path.rpartition(".")[0])
+            attention.heads, attention.kv_heads = model.config.heads // place.size, max(1, kv_heads // place.size)
     head = VocabularyHead(place, model.vocab)
     model.head_loss, model.head_logits = head.loss, head.logits
-    model.cached_heads = _kv_heads_here(model, place)
+    model.cached_heads = max(1, kv_heads // place.size)
     for module in model.modules():
         if hasattr(module, "drop"):
             module.drop = TokenDropout(place)
     return _sentences(roles, model, place)
 
 
-def _kv_heads(model: Any) -> int:
-    return getattr(model.config, "kv_head_count", model.config.heads)
-
-
-def _kv_heads_here(model: Any, place: Place) -> int:
-    return max(1, _kv_heads(model) // place.size)
-
-
-def _divided(module: Any, role: str, place: Place, kv_heads: int) -> nn.Module:
-    """What takes the place of ``module``, with DTensors for parameters."""
+def _divide(module: Any, role: str, place: Place, kv_heads: int) -> None:
+    """Make DTensors of the parameters of ``module``, and it a module that works with them."""
     shared = role == "kv_heads" and kv_heads % place.size != 0
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                dim = None if shared else _DIMENSION.get(role)
-                if role == "row" and parameter.ndim == 1:
-                    dim = None  # its bias is added once, to the sum
-                owner._parameters[name] = place.parameter(parameter, dim)
-    if shared:
-        linear = take_over(SharedColumnLinear, module, place)
-        linear.__dict__["heads"] = kv_heads
-        return linear
-    if role == "vocabulary":
-        return take_over(VocabularyEmbedding if isinstance(module, nn.Embedding) else ColumnLinear, module, place)
-    if role in ("heads", "kv_heads", "column"):
-        return take_over(ColumnLinear, module, place)
-    if role == "row":
-        return take_over(RowLinear, module, place)
-    if role == "positions":
-        return take_over(PositionEmbedding, module, place)
-    return WithLocal(module, place, role)
+                whole = shared or (role == "row" and parameter.ndim == 1)  # a row's bias is added once, to the sum
+                owner._parameters[name] = place.parameter(parameter, None if whole else _DIMENSION.get(role))
+    if role not in _CLASSES:
+        use_whole(module, place, role)
+        return
+    module.__dict__.update(place=place, **({"kv_heads": kv_heads} if shared else {}))
+    module.__class__ = SharedColumnLinear if shared else _CLASSES[role][type(module)]
 
 
 @torch.no_grad()
@@ -130,8 +125,8 @@ def _sentences(roles: dict[str, str], model: Any, place: Place) -> list[str]:
     said = [f"{columns} matrices divided by columns, {count['row']} by rows, among {place.size} ranks"]
     if count["vocabulary"]:
         said.append(f"a vocabulary of {model.vocab} divided among {place.size} ranks, with the loss of its head")
-    if count["kv_heads"] and _kv_heads(model) % place.size:
-        said.append(f"{_kv_heads(model)} key and value heads repeated for {place.size} ranks")
+    if count["kv_heads"] and kv_heads_of(model) % place.size:
+        said.append(f"{kv_heads_of(model)} key and value heads repeated for {place.size} ranks")
     if place.sequence:
         said.append(f"norms and residual stream on 1/{place.size} of the tokens")
     return said

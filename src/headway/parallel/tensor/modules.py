@@ -1,27 +1,15 @@
-"""The modules of a divided model. They keep the names and global shapes of the parameters of those they replace."""
+"""The classes that the modules of a divided model take on; names and global shapes of their parameters stay."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from headway.core.surgery import Shell
 from headway.layers.embedding import Embedding, embedding
 from headway.parallel.tensor.place import Place, local
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def take_over(kind: type[M], old: nn.Module, place: Place) -> M:
-    """A module of class ``kind`` with everything that ``old`` has."""
-    new = kind.__new__(kind)
-    new.__dict__.update(old.__dict__)
-    new.__dict__["place"] = place
-    return new
 
 
 class ColumnLinear(nn.Linear):
@@ -42,12 +30,12 @@ class SharedColumnLinear(nn.Linear):
     """
 
     place: Place
-    heads: int
+    kv_heads: int
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, T, in] -> [B, T, hd]."""
-        width = self.out_features // self.heads
-        start = self.place.rank * self.heads // self.place.size * width
+        width = self.out_features // self.kv_heads
+        start = self.place.rank * self.kv_heads // self.place.size * width
         weight = self.place.inside(self.weight).narrow(0, start, width)
         bias = None if self.bias is None else self.place.inside(self.bias).narrow(0, start, width)
         return F.linear(input, weight, bias)
@@ -101,25 +89,46 @@ class PositionEmbedding(Embedding):
         return embedding(self.place.mine(input, -1), self.place.outside(self.weight))
 
 
-class WithLocal(Shell):
-    """Any module whose parameters every rank has whole, called on this rank's share of the work.
+def use_whole(module: nn.Module, place: Place, role: str) -> None:
+    """Have a module whose parameters every rank has whole work on this rank's share of the tokens or channels.
+
+    Its class becomes one derived from its own, so that it stays what it is to ``isinstance``. While it runs, its
+    parameters, and those of modules inside it, are plain tensors whose gradients are summed as the role needs.
 
     Args:
-        original: the module.
+        module: changed in place.
         place: of this rank.
         role: ``tokens``, on the tokens outside; ``inside``, on this rank's channels or heads; ``enter``, on the tokens
             outside with its result going into the region; ``leave``, with its result for all ranks alike.
     """
+    module.__dict__.update(place=place, role=role)
+    kind: Any = type(module)
+    if kind not in _DERIVED:
+        _DERIVED[kind] = type(f"TensorParallel{kind.__name__}", (_UsesWhole, kind), {})
+    module.__class__ = _DERIVED[kind]
 
-    def __init__(self, original: nn.Module, place: Place, role: str) -> None:
-        super().__init__(original)
-        self.place, self.role = place, role
+
+_DERIVED: dict[Any, Any] = {}
+
+
+class _UsesWhole(nn.Module):
+    place: Place
+    role: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module."""
+        """As the class it is derived from."""
         use = self.place.inside if self.role == "inside" else self.place.outside
-        parameters = {name: use(parameter) for name, parameter in self.original.named_parameters()}
-        y = functional_call(self.original, parameters, args, kwargs)
+        owners = [module._parameters for module in self.modules()]
+        kept = [dict(parameters) for parameters in owners]
+        for parameters in owners:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    parameters[name] = use(parameter)  # type: ignore[assignment]
+        try:
+            y = super().forward(*args, **kwargs)
+        finally:
+            for parameters, before in zip(owners, kept, strict=True):
+                parameters.update(before)
         if self.role == "enter":
             return self.place.enter(y)
-        return self.place.join(y) if self.role == "leave" and self.place.divided else y
+        return self.place.for_all(y) if self.role == "leave" else y

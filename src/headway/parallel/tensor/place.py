@@ -65,7 +65,11 @@ class Place:
         """What all have, to be worked on in each rank's own way."""
         return Copy.apply(x, self.group)  # type: ignore[no-any-return]
 
-    def join(self, x: Tensor, dim: int = TOKENS) -> Tensor:
+    def for_all(self, x: Tensor) -> Tensor:
+        """The tokens outside, for all ranks alike."""
+        return self.join(x, TOKENS) if self.divided else x
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
         """Everyone's part, to be worked on by all alike."""
         return Join.apply(x, dim, self.size, self.rank, self.group)  # type: ignore[no-any-return]
 

@@ -20,6 +20,7 @@ Outside of the regions each rank has its share of the tokens, or all of them, as
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,12 @@ ROLES = frozenset({
 })  # fmt: skip
 
 
-def read_plan(model: nn.Module) -> dict[str, str]:
+def read_plan(model: nn.Module, apart: Sequence[str] = ()) -> dict[str, str]:
     """Name -> role of every module that has one in the model's plan.
+
+    Args:
+        model: declares a ``tensor_plan``.
+        apart: patterns of the modules that somebody else divides, whatever the plan says of them.
 
     Raises:
         ModelError: the model declares no plan, the plan leaves out a parameter or has a word that nobody knows, or
@@ -46,7 +51,8 @@ def read_plan(model: nn.Module) -> dict[str, str]:
                          expected="a model of Headway: llama, gpt2 or moe")  # fmt: skip
     if odd := sorted(set(plan.values()) - ROLES):
         raise ModelError(f"{name}.tensor_plan", got=odd[0], expected=" or ".join(sorted(ROLES)))
-    patterns = {re.compile(re.escape(key).replace(r"\*", "[^.]+")): role for key, role in plan.items()}
+    words = dict.fromkeys(apart, "apart") | {key: role for key, role in plan.items() if key not in apart}
+    patterns = {re.compile(re.escape(key).replace(r"\*", "[^.]+")): role for key, role in words.items()}
     roles: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, Shell):
@@ -61,18 +67,41 @@ def read_plan(model: nn.Module) -> dict[str, str]:
     return roles
 
 
-def check_degree(model: nn.Module, roles: dict[str, str], degree: int) -> None:
+def check_modules(model: nn.Module, roles: dict[str, str], classes: dict[str, tuple[type, ...]]) -> None:
+    """Whether the modules are of the very classes that can play their roles.
+
+    Args:
+        model: whose modules they are.
+        roles: from `read_plan`.
+        classes: role -> the classes; a role that is not in it can be played by any module.
+
+    Raises:
+        ModelError: one is not.
+    """
+    for path, role in roles.items():
+        module = model.get_submodule(path)
+        if role in classes and type(module) not in classes[role]:
+            raise ModelError(path, f"is a {type(module).__name__}, which cannot be divided (as {role})",
+                             expected=" or ".join(kind.__name__ for kind in classes[role]),
+                             hint="make the model tensor-parallel before methods work on it")  # fmt: skip
+
+
+def kv_heads_of(model: Any) -> int:
+    """Key and value heads of each block, of all ranks together."""
+    count: int = getattr(model.config, "kv_head_count", model.config.heads)
+    return count
+
+
+def check_degree(model: Any, roles: dict[str, str], degree: int) -> None:
     """Whether the heads and channels of ``model`` can be divided among ``degree`` ranks.
 
     Raises:
         ModelError: they cannot, with the degrees next to it that can.
     """
-    config: Any = model.config
-    heads = config.heads
-    kv_heads = getattr(config, "kv_head_count", heads)
-    widths = {
-        width for path, role in roles.items() if role in ("column", "row") for width in _widths(model, path, role)
-    }
+    heads, kv_heads = model.config.heads, kv_heads_of(model)
+    # Channels of feed-forward blocks; those of attention are divided by heads.
+    columns = [model.get_submodule(path) for path, role in roles.items() if role == "column"]
+    widths = {linear.out_features for linear in columns}
 
     def fits(t: int) -> bool:
         grouped = kv_heads % t == 0 or t % kv_heads == 0
@@ -88,9 +117,3 @@ def check_degree(model: nn.Module, roles: dict[str, str], degree: int) -> None:
         f"and {', '.join(map(str, sorted(widths)))} channels",
         hint=f"take {' or '.join(str(t) for t in near if t)}",
     )
-
-
-def _widths(model: nn.Module, path: str, role: str) -> list[int]:
-    linear: Any = model.get_submodule(path)
-    inner, attention = (linear.out_features if role == "column" else linear.in_features), ".attention." in f".{path}."
-    return [] if attention else [inner]

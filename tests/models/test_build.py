@@ -14,10 +14,11 @@ import torch
 
 from headway.core.errors import ModelError
 from headway.models.build import build_model, empty_model
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(hidden=128, layers=4, heads=4, vocab=300, qkv_bias=True, qk_norm=True, tied=False),
+    "moe": MoEConfig(hidden=128, layers=4, heads=4, vocab=300, experts=64, shared_experts=1, dense_layers=1),
     "gpt2": GPT2Config(hidden=128, layers=4, heads=4, vocab=300),
 }
 
@@ -64,7 +65,7 @@ def test_sizes_of_the_first_weights(config: Any) -> None:
         if parameter.ndim == 1:
             assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
             continue
-        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        residual = name.endswith(("attention.out.weight", ".down.weight", ".experts.down"))
         expected = 0.02 / math.sqrt(2 * 4) if residual else 0.02
         assert abs(float(parameter.std()) / expected - 1) < 0.03, name
         assert abs(float(parameter.mean())) < expected / 30, name

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from headway.core.errors import ModelError
 from headway.models.build import build_model
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig
 from headway.models.hf import load_hf, read_config, save_hf
 from headway.models.hf_config import UnsupportedModel
 from tests.models.references import CASES, SIZES, reference, saved, tokens
@@ -34,6 +34,21 @@ OURS: dict[str, LlamaConfig | GPT2Config] = {
     "qk norm": LlamaConfig(hidden=32, layers=2, heads=4, vocab=97, context=96, qk_norm=True, window=5),
     "scaled": LlamaConfig(
         hidden=32, layers=2, heads=4, vocab=97, context=96, rope_scaling={"type": "yarn", "factor": 4.0}
+    ),
+    "mixtral": MoEConfig(
+        hidden=32, layers=2, heads=4, kv_heads=2, vocab=97, context=96, experts=4, expert_width=24, tied=False, window=5
+    ),
+    "qwen3 moe": MoEConfig(
+        hidden=32,
+        layers=3,
+        heads=4,
+        vocab=97,
+        context=96,
+        experts=4,
+        top_k=3,
+        normalize=False,
+        dense_layers=1,
+        qk_norm=True,
     ),
     "gpt2": GPT2Config(hidden=32, layers=2, heads=4, vocab=97, context=96),
     "gpt2 untied": GPT2Config(hidden=32, layers=2, heads=4, vocab=97, context=96, tied=False, intermediate=40),
@@ -85,7 +100,7 @@ def test_our_model_gives_our_logits_in_transformers(name: str, tmp_path: Path) -
         assert back.state_dict().keys() == ours.state_dict().keys()
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("case", ["llama-tied", "mixtral", "qwen3-moe", "gpt2"])
 def test_gradients_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     theirs = saved(case, tmp_path / "theirs")
     ours = load_hf(tmp_path / "theirs").eval()  # GPT-2's dropout off, as in theirs
@@ -102,7 +117,7 @@ def test_gradients_equal_those_of_transformers(case: str, tmp_path: Path) -> Non
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("case", ["llama-tied", "mixtral", "gpt2"])
 @torch.no_grad()
 def test_shards_are_read_and_written(case: str, tmp_path: Path) -> None:
     theirs = saved(case, tmp_path / "theirs", max_shard_size="30KB")
@@ -120,7 +135,7 @@ def test_shards_are_read_and_written(case: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt2"])
 def test_keys_left_out_mean_what_transformers_takes_them_for(kind: str, tmp_path: Path) -> None:
     if kind == "gpt2":
         given = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}

@@ -52,7 +52,8 @@ class Router(nn.Module):
         self.top_k, self.score, self.normalize = top_k, score, normalize
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         nn.init.normal_(self.weight, std=0.02)
-        self.bias: Tensor | None = None
+        self.register_buffer("bias", None)
+        self.bias: Tensor | None
         """[E], fp32: added to the scores where experts are chosen, not to their weights. Nothing learns it; balancing
         without a loss moves it."""
         self.balance: Callable[[Routing], Routing] | None = None
@@ -62,6 +63,10 @@ class Router(nn.Module):
     def experts(self) -> int:
         """Their number E."""
         return self.weight.shape[0]
+
+    def use_bias(self) -> None:
+        """Have a ``bias``, of zeros."""
+        self.bias = torch.zeros(self.experts, device=self.weight.device)
 
     def forward(self, rows: Tensor) -> Routing:
         """[n, D] -> the routing of n tokens."""

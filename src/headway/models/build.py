@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from headway.core.errors import ModelError
 from headway.core.options import Options
-from headway.models.config import GPT2Config, LlamaConfig, TransformersConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig, TransformersConfig
 
 
 def build_model(config: Options, seed: int | None = None) -> Any:
@@ -38,18 +38,21 @@ def build_model(config: Options, seed: int | None = None) -> Any:
 
 
 def empty_model(config: Options, dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama or GPT-2 on the CPU whose weights are not set."""
+    """A model of our own families on the CPU whose weights are not set."""
     from headway.models.gpt2 import GPT2
     from headway.models.llama import Llama
+    from headway.models.moe import MoETransformer
 
     with _Unfilled():
-        if isinstance(config, LlamaConfig):
-            model: nn.Module = Llama(config)
+        if isinstance(config, MoEConfig):
+            model: nn.Module = MoETransformer(config)
+        elif isinstance(config, LlamaConfig):
+            model = Llama(config)
         elif isinstance(config, GPT2Config):
             model = GPT2(config)
         else:
             raise ModelError(
-                "model.family", got=getattr(config, "family", type(config).__name__), expected="llama or gpt2"
+                "model.family", got=getattr(config, "family", type(config).__name__), expected="llama, moe or gpt2"
             )
     return model.to(dtype)
 
@@ -69,11 +72,11 @@ class _Unfilled(TorchFunctionMode):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Give a Llama or GPT-2 its first weights, in place.
+    """Give a model of our own families its first weights, in place.
 
-    Matrices are normal with deviation ``std``, those that write into the residual stream with ``std / sqrt(2 L)`` for L
-    blocks (Radford et al. 2019, section 2.3); norms are one, biases zero. Each parameter has a generator of its own, so
-    that a method that adds or leaves out some does not change the others.
+    Matrices, stacks of them too, are normal with deviation ``std``, those that write into the residual stream with
+    ``std / sqrt(2 L)`` for L blocks (Radford et al. 2019, section 2.3); norms are one, biases zero. Each parameter has
+    a generator of its own, so that a method that adds or leaves out some does not change the others.
     """
     residual: tuple[str, ...] = getattr(model, "residual_projections", ())
     layers = getattr(model, "blocks", None)

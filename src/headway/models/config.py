@@ -140,6 +140,64 @@ class LlamaConfig(Options):
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
 
+class MoEConfig(LlamaConfig):
+    """A Llama whose feed-forward blocks are many experts, of which each token visits a few: Mixtral, Qwen3-MoE."""
+
+    family: Literal["moe"] = "moe"  # type: ignore[assignment]
+    """The family's name."""
+    experts: int = Field(8, ge=1)
+    """Experts per block."""
+    top_k: int = Field(2, ge=1)
+    """Experts that a token visits."""
+    expert_width: Count | None = Field(None, ge=1)
+    """Channels inside an expert; default: `intermediate` divided by `top_k`, rounded up to a multiple of 8."""
+    shared_experts: int = Field(0, ge=0)
+    """Experts that every token visits besides, as one network of so many times `expert_width`."""
+    dense_layers: int = Field(0, ge=0)
+    """So many of the first blocks have one plain feed-forward network, of width `intermediate`."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How scores become probabilities: over all experts together, or each expert by itself."""
+    normalize: bool = True
+    """Divide the weights of the experts that a token visits by their sum."""
+    router_bias: bool = False
+    """A bias by which experts are chosen, not weighed; a method that balances without a loss moves it."""
+    capacity: float | None = Field(None, gt=0)
+    """Tokens that an expert takes in training, as a multiple of the mean; the rest is dropped. Default: drop nothing.
+    """
+    drop: Literal["probs", "position"] = "probs"
+    """With `capacity`: which tokens stay, those of the largest weights or the first."""
+    pad: bool = False
+    """With `capacity`: fill every expert up to it, so that all shapes are the same in every step."""
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k(cls, value: int, info: ValidationInfo) -> int:
+        experts = info.data.get("experts")
+        if experts is not None and value > experts:
+            raise ValueError(f"at most experts ({experts})")
+        return value
+
+    @field_validator("dense_layers")
+    @classmethod
+    def _dense_layers(cls, value: int, info: ValidationInfo) -> int:
+        layers = info.data.get("layers")
+        if layers is not None and value >= layers:
+            raise ValueError(f"fewer than layers ({layers}): some block must have experts")
+        return value
+
+    @field_validator("pad")
+    @classmethod
+    def _pad(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("capacity") is None:
+            raise ValueError("capacity to be set as well")
+        return value
+
+    @property
+    def expert_channels(self) -> int:
+        """``expert_width``, or its default."""
+        return self.expert_width or -(-self.intermediate_width // (8 * self.top_k)) * 8
+
+
 class GPT2Config(Options):
     """A pre-norm decoder with LayerNorm, learned positions and GELU: GPT-2."""
 
@@ -206,9 +264,11 @@ class TransformersConfig(Options):
     """Entries of the vocabulary that are needed; `fresh` models get just these, others must have at least as many."""
 
 
-ModelConfig = LlamaConfig | GPT2Config | TransformersConfig
+ModelConfig = LlamaConfig | MoEConfig | GPT2Config | TransformersConfig
 
-FAMILIES: dict[str, type[Options]] = {"llama": LlamaConfig, "gpt2": GPT2Config, "transformers": TransformersConfig}
+FAMILIES: dict[str, type[Options]] = {
+    "llama": LlamaConfig, "moe": MoEConfig, "gpt2": GPT2Config, "transformers": TransformersConfig,
+}  # fmt: skip
 """Name of a family -> its option class."""
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face folders both ways: ``load_hf`` and ``save_hf``, for Llama, Mistral, Qwen2, Qwen3 and GPT-2."""
+"""Hugging Face folders both ways: ``load_hf`` and ``save_hf``, for Llama, Mistral, Qwen2, Qwen3, Mixtral,
+Qwen3-MoE and GPT-2."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _TOKENIZER_FILES = (
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in a Hugging Face folder, as our own Llama or GPT-2 on the CPU.
+    """The model in a Hugging Face folder, as our own on the CPU.
 
     Args:
         folder: ``config.json`` with ``model.safetensors``, or with shards and their index.
@@ -54,7 +55,7 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copy the weights of a Hugging Face folder into a Llama or GPT-2 of the same shape, in place.
+    """Copy the weights of a Hugging Face folder into our own model of the same shape, in place.
 
     Raises:
         ModelError: as for ``load_hf``; also where the folder's weights do not fit the model.
@@ -70,7 +71,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         for weight in weights:
             tensor = tensors.get(weight.theirs.removeprefix(prefix), weight.shape(parameters))
             for name, part in weight.parts(tensor):
-                parameters[name].copy_(part)
+                weight.target(parameters[name]).copy_(part)
 
 
 def save_hf(
@@ -86,7 +87,7 @@ def save_hf(
     Weights keep their dtype. All files are written beside their places first: a full disk leaves the folder as it was.
 
     Args:
-        model: a Llama, a GPT-2 or a TransformersModel.
+        model: one of our own, or a TransformersModel.
         folder: made if it is not there; a model that is in it is replaced.
         tokenizer_file: a ``tokenizer.json``, or a folder with the files of a tokenizer, to copy along.
         eos: number of the token that ends a text.
@@ -112,6 +113,7 @@ def save_hf(
 
 
 def _write_model(model: Any, folder: Path, eos: int | None, shard_bytes: int) -> None:
+    model_type(model.config)  # refuses, with the setting's name, what transformers lacks
     weights = weight_map(model.config)
     parameters = parameters_of(model, weights)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")

@@ -8,13 +8,15 @@ from typing import Any
 
 from headway.core.errors import ModelError, RecipeError
 from headway.core.options import parse_options
-from headway.models.config import ROPE_SCALINGS, GPT2Config, LlamaConfig
+from headway.models.config import ROPE_SCALINGS, GPT2Config, LlamaConfig, MoEConfig
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 """The ``model_type`` that we run ourselves -> its class in transformers."""
@@ -28,6 +30,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "sliding_window": 4096,
         "head_dim": 128,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
     },
 }
 """What transformers takes for a key that ``config.json`` leaves out."""
@@ -56,8 +74,13 @@ def read_config(folder: str | Path) -> LlamaConfig | GPT2Config:
         raise _unsupported(path, "model_type", kind, ", ".join(ARCHITECTURES), known=False)
     if "quantization_config" in raw:
         raise _unsupported(path, "quantization_config", "present", "unquantised weights")
-    fields = _gpt2_fields(path, raw) if kind == "gpt2" else _llama_fields(path, raw, kind)
-    cls: type[LlamaConfig] | type[GPT2Config] = GPT2Config if kind == "gpt2" else LlamaConfig
+    cls: type[LlamaConfig] | type[GPT2Config]
+    if kind == "gpt2":
+        cls, fields = GPT2Config, _gpt2_fields(path, raw)
+    else:
+        cls, fields = LlamaConfig, _llama_fields(path, raw, kind)
+        if kind in ("mixtral", "qwen3_moe"):
+            cls, fields = MoEConfig, fields | _moe_fields(path, _DEFAULTS[kind] | raw, kind)
     try:
         return parse_options(cls, fields)
     except RecipeError as error:
@@ -97,6 +120,8 @@ def model_type(config: LlamaConfig | GPT2Config) -> str:
     """
     if isinstance(config, GPT2Config):
         return "gpt2"
+    if isinstance(config, MoEConfig):
+        return _moe_type(config)
     if config.qk_norm and config.qkv_bias:
         raise ModelError(
             "model.qkv_bias",
@@ -161,6 +186,8 @@ def hf_config(config: LlamaConfig | GPT2Config, eos: int | None, dtype: str) -> 
         "rope_scaling": config.rope_scaling,
         "attention_dropout": 0.0,
     }
+    if isinstance(config, MoEConfig):
+        fields |= _moe_config(config, kind)
     if kind == "mistral":
         fields["sliding_window"] = config.window
     if kind in ("qwen2", "qwen3"):
@@ -198,13 +225,65 @@ def _llama_fields(path: Path, raw: dict[str, Any], kind: str) -> dict[str, Any]:
         "context": raw["max_position_embeddings"],
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "qk_norm": kind == "qwen3",
+        "qk_norm": kind in ("qwen3", "qwen3_moe"),
         "qkv_bias": kind == "qwen2",
         "window": window,
         "window_layers": window_layers,
         "tied": raw.get("tie_word_embeddings", False),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "initializer_range": raw.get("initializer_range", 0.02),
+    }
+
+
+def _moe_type(config: MoEConfig) -> str:
+    kind = "qwen3_moe" if config.qk_norm else "mixtral"
+    some_windows = config.window is not None and len(_windowed(config)) < config.layers
+    for key, alien in (
+        ("router", config.router != "softmax"),
+        ("router_bias", config.router_bias),
+        ("shared_experts", config.shared_experts > 0),
+        ("qkv_bias", config.qkv_bias),
+        ("window_layers", some_windows),
+        ("normalize", kind == "mixtral" and not config.normalize),
+        ("dense_layers", kind == "mixtral" and config.dense_layers > 0),
+    ):
+        if alien:
+            name = {"mixtral": "Mixtral (qk_norm would make it Qwen3-MoE)", "qwen3_moe": "Qwen3-MoE"}[kind]
+            raise ModelError(f"model.{key}", "cannot be exported", got=getattr(config, key),
+                             hint=f"transformers' {name} has no such setting")  # fmt: skip
+    return kind
+
+
+def _moe_config(config: MoEConfig, kind: str) -> dict[str, Any]:
+    fields = {"num_experts_per_tok": config.top_k, "num_local_experts": config.experts}
+    if kind == "mixtral":
+        return fields | {"intermediate_size": config.expert_channels, "sliding_window": config.window}
+    return fields | {
+        "num_experts": config.experts,  # its name before transformers 5
+        "moe_intermediate_size": config.expert_channels,
+        "norm_topk_prob": config.normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(config.dense_layers)),
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+    }
+
+
+def _moe_fields(path: Path, raw: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What a mixture of experts has beside the fields of a Llama."""
+    experts = raw.get("num_local_experts") or raw.get("num_experts") or 128  # Qwen3-MoE's default
+    fields = {"experts": experts, "top_k": raw["num_experts_per_tok"]}
+    if kind == "mixtral":
+        return fields | {"expert_width": _required(path, raw, "intermediate_size")}
+    if raw.get("decoder_sparse_step", 1) != 1:
+        raise _unsupported(path, "decoder_sparse_step", raw["decoder_sparse_step"], "1")
+    dense = sorted(raw.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise _unsupported(path, "mlp_only_layers", dense, "the first blocks")
+    return fields | {
+        "expert_width": raw["moe_intermediate_size"],
+        "normalize": raw.get("norm_topk_prob", False),
+        "dense_layers": len(dense),
     }
 
 
@@ -253,8 +332,10 @@ def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None
 
 def _windows(raw: dict[str, Any], kind: str, layers: Any) -> tuple[Any, Any]:
     """Window and the blocks that have it (``None``: all)."""
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         return raw["sliding_window"], None
+    if kind == "qwen3_moe":
+        return (raw["sliding_window"] if raw.get("use_sliding_window") else None), None
     if kind == "llama" or not raw.get("use_sliding_window", False):
         return None, None
     types = raw.get("layer_types")

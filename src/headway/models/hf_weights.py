@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.core.errors import ModelError
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,26 @@ class Weight:
     """Output channels of each of ours: the first dimension of a matrix."""
     transposed: bool = False
     """The folder stores [in, out], as GPT-2's Conv1D does."""
+    expert: int | None = None
+    """Ours is a stack [E, out, in], and this is the matrix of one expert."""
 
     def parts(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name and content of each parameter of ours: views of ``tensor``, which is the folder's."""
         yield from zip(self.ours, (tensor.T if self.transposed else tensor).split(self.rows), strict=True)
 
+    def target(self, parameter: Tensor) -> Tensor:
+        """The part of one of our parameters that this is about: a view."""
+        return parameter if self.expert is None else parameter[self.expert]
+
     def whole(self, parameters: dict[str, Tensor]) -> Tensor:
         """The folder's tensor, from our parameters by name: a view of one, a copy of several."""
-        parts = [parameters[name] for name in self.ours]
+        parts = [self.target(parameters[name]) for name in self.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tensor.T if self.transposed else tensor
 
     def shape(self, parameters: dict[str, Tensor]) -> tuple[int, ...]:
         """Of the folder's tensor."""
-        shape = (sum(self.rows), *parameters[self.ours[0]].shape[1:])
+        shape = (sum(self.rows), *self.target(parameters[self.ours[0]]).shape[1:])
         return shape[::-1] if self.transposed else shape
 
 
@@ -72,6 +78,7 @@ def _llama(config: LlamaConfig) -> list[Weight]:
     D, V, F = config.hidden, config.vocabulary, config.intermediate_width
     q, kv = config.heads * config.head_width, config.kv_head_count * config.head_width
     weights = [Weight(("embedding.weight",), "model.embed_tokens.weight", (V,))]
+    feed_forward = (("mlp.gate", "mlp.gate_proj", F), ("mlp.up", "mlp.up_proj", F), ("mlp.down", "mlp.down_proj", D))
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         for name, other, rows in (
@@ -81,13 +88,13 @@ def _llama(config: LlamaConfig) -> list[Weight]:
             ("attention.v", "self_attn.v_proj", kv),
             ("attention.out", "self_attn.o_proj", D),
             ("mlp_norm", "post_attention_layernorm", D),
-            ("mlp.gate", "mlp.gate_proj", F),
-            ("mlp.up", "mlp.up_proj", F),
-            ("mlp.down", "mlp.down_proj", D),
+            *(() if has_experts(config, layer) else feed_forward),
         ):
             weights.append(Weight((f"{ours}.{name}.weight",), f"{theirs}.{other}.weight", (rows,)))
             if config.qkv_bias and name[-2:] in (".q", ".k", ".v"):
                 weights.append(Weight((f"{ours}.{name}.bias",), f"{theirs}.{other}.bias", (rows,)))
+        if has_experts(config, layer):
+            weights += _experts(config, ours, theirs)
         if config.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 name = f"{theirs}.self_attn.{norm}.weight"
@@ -95,6 +102,27 @@ def _llama(config: LlamaConfig) -> list[Weight]:
     weights.append(Weight(("norm.weight",), "model.norm.weight", (D,)))
     if not config.tied:
         weights.append(Weight(("head.weight",), "lm_head.weight", (V,)))
+    return weights
+
+
+def has_experts(config: LlamaConfig, layer: int) -> bool:
+    """Whether a block's feed-forward network is many."""
+    return isinstance(config, MoEConfig) and layer >= config.dense_layers
+
+
+def _experts(config: LlamaConfig, ours: str, theirs: str) -> list[Weight]:
+    assert isinstance(config, MoEConfig)
+    D, F = config.hidden, config.expert_channels
+    # As `hf_config.model_type` tells the two families apart.
+    block, names = ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    if not config.qk_norm:
+        block, names = ("block_sparse_moe", ("w1", "w3", "w2"))
+    weights = [Weight((f"{ours}.mlp.router.weight",), f"{theirs}.{block}.gate.weight", (config.experts,))]
+    for name, other, rows in zip(("gate", "up", "down"), names, (F, F, D), strict=True):
+        weights += [
+            Weight((f"{ours}.mlp.experts.{name}",), f"{theirs}.{block}.experts.{e}.{other}.weight", (rows,), expert=e)
+            for e in range(config.experts)
+        ]
     return weights
 
 

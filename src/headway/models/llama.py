@@ -33,7 +33,7 @@ __all__ = ["Attention", "Block", "FeedForward", "Llama"]
 class Llama(nn.Module):
     """A causal language model of the Llama family; ``build_model`` gives it its weights."""
 
-    residual_projections = ("attention.out.weight", "mlp.down.weight")
+    residual_projections: tuple[str, ...] = ("attention.out.weight", "mlp.down.weight")
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
     plain_head = True
     """The logits are ``hidden @ head_weight.T`` and nothing else."""

@@ -16,7 +16,7 @@ from headway.core.recipe import Recipe
 from headway.core.units import Seconds, human
 from headway.core.workload import StepBatch
 from headway.data.loader import Stream
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig
 from headway.plan.one_epoch.planner import flops, one_epoch_plan, seconds
 from headway.plan.one_epoch.sizes import Size, measure, nearest_size
 
@@ -220,7 +220,7 @@ class OneEpoch(Method):
         if tokens is None or tokens <= unique:
             return
         advice = ""
-        if isinstance(self._config, LlamaConfig | GPT2Config):
+        if isinstance(self._config, LlamaConfig | GPT2Config) and not isinstance(self._config, MoEConfig):
             ratio = tokens / measure(self._config).parameters
             fed = nearest_size(self._config, lambda s: unique / s.parameters / ratio)
             if fed.parameters < measure(self._config).parameters:

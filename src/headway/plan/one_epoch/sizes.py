@@ -9,7 +9,7 @@ from typing import Any
 
 from headway.core.errors import ModelError
 from headway.core.options import Options
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GPT2Config, LlamaConfig, MoEConfig
 
 __all__ = ["Size", "measure", "nearest_size", "resized"]
 
@@ -48,7 +48,7 @@ def measure(config: Options, sequence: int | None = None) -> Size:
     Raises:
         ModelError: another family, whose sizes are not known, or no vocabulary.
     """
-    if not isinstance(config, LlamaConfig | GPT2Config):
+    if not isinstance(config, LlamaConfig | GPT2Config) or isinstance(config, MoEConfig):
         raise ModelError(
             "model.family", got=getattr(config, "family", "?"), expected="llama or gpt2, whose sizes are known"
         )

@@ -1,76 +1,209 @@
-"""Tensor parallelism against one process, on forked ranks, in fp64. Needs nothing; `pytest tests/parallel/test_tensor.py`."""
+"""Tensor parallelism against one process, on forked ranks, in fp64. Needs nothing."""
 
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.tensor  # noqa: F401  before the fork
-from torch import Tensor
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from headway.core.surgery import replace_blocks
+from headway.layers.linear_cross_entropy import linear_cross_entropy
+from headway.memory.recompute import RecomputedBlock
 from headway.models.build import build_model
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.llama import Llama
+from headway.parallel.clip import clip_divided_
 from headway.parallel.local import run_ranks
+from headway.parallel.shard import shard_weights
 from headway.parallel.tensor import tensor_parallel
-
-SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "context": 64, "intermediate": 48}
-CONFIGS = {
-    "qwen": LlamaConfig(**SHAPE, heads=8, kv_heads=4, vocab=50, qk_norm=True, qkv_bias=True, window=7,
-                        window_layers=(1,)),
-    "untied": LlamaConfig(**SHAPE, heads=4, kv_heads=2, vocab=51, tied=False),  # on 4 ranks: heads repeated
-    "gpt2": GPT2Config(**SHAPE, heads=4, vocab=53),
-    "tiny-vocabulary": LlamaConfig(**SHAPE, heads=4, vocab=5),  # on 4 ranks: 2, 2, 1 and none
-}  # fmt: skip
-B, T = 2, 16
-LOSS: dict[str, Any] = {"chunk": 7, "label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 0.7}
+from headway.parallel.tensor.head import VocabularyHead
+from headway.parallel.tensor.place import Place
+from tests.parallel.tensors import CONFIGS, batch, step, whole, worst
 
 
-def batch(vocab: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens, targets = (torch.randint(vocab, (B, T), generator=generator) for _ in range(2))
-    targets[0, 3] = -100
-    return {"tokens": tokens, "targets": targets, "segments": torch.tensor([[0] * 5 + [1] * 11, [0] * T])}
+def pair(name: str, mesh: Any, sequence: bool) -> tuple[Any, Any]:
+    """The model of one process, and the divided one."""
+    plain, model = (build_model(CONFIGS[name], 0).double() for _ in range(2))
+    tensor_parallel(model, mesh, sequence=sequence)
+    return plain, model
 
 
-def step(model: Any, data: dict[str, Tensor], parts: int = 1, **options: Any) -> Tensor:
-    """The loss of the batch, ``parts`` times as many micro-batches of it; gradients are left in the parameters."""
-    total = torch.zeros((), dtype=torch.float64)
-    for part in range(parts):
-        mine = {name: value.chunk(parts)[part] for name, value in data.items()}
-        hidden = model.hidden(mine["tokens"], segments=mine.get("segments")).flatten(0, 1)
-        loss, _ = model.head_loss(hidden, model.head_weight, mine["targets"].flatten(), **(LOSS | options))
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def worst(model: Any, plain: Any) -> float:
-    """The largest relative error of a gradient. (The true gradient of a bias of keys is zero.)"""
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    most = max(grad.norm() for grad in expected.values())
-    got = {name: whole(p.grad) for name, p in model.named_parameters()}
-    assert got.keys() == expected.keys()
-    return max(float((got[name] - e).norm() / e.norm().clamp(min=1e-6 * most)) for name, e in expected.items())
+def assert_exact(results: list[dict[Any, tuple[float, ...]]], cases: int) -> None:
+    for errors in results:
+        assert len(errors) == cases
+        for case, error in errors.items():
+            assert max(error) < 1e-9, (case, error)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process(world: int) -> None:
-    def work(rank: int) -> dict[str, tuple[float, float]]:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
+        mesh, errors = init_device_mesh("cpu", (world,)), {}
+        for name in CONFIGS:
+            for sequence in (True, False):
+                plain, model = pair(name, mesh, sequence)
+                data = batch(CONFIGS[name].vocabulary)
+                expected, loss = step(plain, data), step(model, data, parts=2)
+                errors[name, sequence] = float(abs(loss / expected - 1)), worst(model, plain)
+        return errors
+
+    assert_exact(run_ranks(world, work), 2 * len(CONFIGS))
+
+
+def test_names_shapes_and_parts_of_parameters() -> None:
+    def work(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (4,))
+        plain, model = pair("untied", mesh, True)
+        given, divided = dict(plain.named_parameters()), dict(model.named_parameters())
+        assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in divided.items()}
+        assert all(torch.equal(whole(divided[name]), given[name]) for name in given)
+        assert divided["blocks.0.attention.q.weight"].to_local().shape == (8, 32)
+        assert divided["blocks.0.mlp.down.weight"].to_local().shape == (32, 12)
+        assert divided["blocks.0.attention.k.weight"].to_local().shape == (16, 32), "two heads for four ranks"
+        assert divided["head.weight"].to_local().shape == ((12 if rank == 3 else 13), 32)
+        return tensor_parallel(build_model(CONFIGS["gpt2"], 0), mesh)
+
+    assert run_ranks(4, work)[3] == [
+        "8 matrices divided by columns, 4 by rows, among 4 ranks",
+        "a vocabulary of 53 divided among 4 ranks, with the loss of its head",
+        "norms and residual stream on 1/4 of the tokens",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_together_with_fsdp2() -> None:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
+        mesh, errors = init_device_mesh("cpu", (2, 2), mesh_dim_names=("weights", "tensor")), {}
+        for name in CONFIGS:
+            for sequence in (True, False):
+                plain, model = pair(name, mesh["tensor"], sequence)
+                shard_weights(model, mesh["weights"])
+                data = batch(CONFIGS[name].vocabulary)
+                expected = step(plain, data)
+                loss = step(model, {key: value.chunk(2)[rank // 2] for key, value in data.items()})
+                dist.all_reduce(loss, group=mesh["weights"].get_group())
+                norm = clip_divided_(model.parameters(), None, 4, set())
+                right = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+                errors[name, sequence] = float(abs(loss / expected - 1)), worst(model, plain), float(norm / right - 1)
+        return errors
+
+    assert_exact(run_ranks(4, work), 2 * len(CONFIGS))
+
+
+@pytest.mark.parametrize("how", ["recompute", "recompute-keep-products", "compile"])
+def test_recomputed_and_compiled_blocks(how: str) -> None:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
+        mesh, errors = init_device_mesh("cpu", (2,)), {}
+        for name in ("qwen", "gpt2"):
+            for sequence in (True, False):
+                plain, model = pair(name, mesh, sequence)
+                if how == "compile":
+                    for block in model.blocks:
+                        block.compile(fullgraph=True, backend="aot_eager")
+                else:
+                    keep: Any = "products" if "products" in how else "nothing"
+                    replace_blocks(model.blocks, lambda block, keep=keep: RecomputedBlock(block, keep), "test")
+                data = batch(CONFIGS[name].vocabulary)
+                expected, loss = step(plain, data), step(model, data)
+                errors[name, sequence] = float(abs(loss / expected - 1)), worst(model, plain)
+        return errors
+
+    assert_exact(run_ranks(2, work), 4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_logits_and_generation_without_gradients(world: int) -> None:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
         mesh, errors = init_device_mesh("cpu", (world,)), {}
         for name, config in CONFIGS.items():
             for sequence in (True, False):
-                plain, model = (build_model(config, 0).double() for _ in range(2))
-                tensor_parallel(model, mesh, sequence=sequence)
-                data = batch(config.vocabulary)
-                expected, loss = step(plain, data), step(model, data, parts=2)
-                errors[f"{name} {sequence}"] = float(abs(loss / expected - 1)), worst(model, plain)
+                plain, model = pair(name, mesh, sequence)
+                tokens = batch(config.vocabulary)["tokens"]
+                with torch.inference_mode():
+                    caches = plain.new_cache(2, 20), model.new_cache(2, 20)
+                    assert caches[1].nbytes < caches[0].nbytes
+                    pieces = [(tokens, None)]  # a number of tokens that the ranks can share, and some that they cannot
+                    pieces += [(tokens[:, i:j], caches) for i, j in ((0, 8), (8, 9), (9, 12), (12, 16))]
+                    gaps = [model(x, cache=both and both[1]) - plain(x, cache=both and both[0]) for x, both in pieces]
+                errors[name, sequence] = tuple(float(gap.abs().max()) for gap in gaps)
+                plain(tokens).square().sum().backward()
+                model(tokens).square().sum().backward()  # the same on all ranks: the gradient is not summed again
+                errors[name, sequence] += (worst(model, plain),)
         return errors
 
-    for errors in run_ranks(world, work):
-        assert len(errors) == 2 * len(CONFIGS)
-        for case, error in errors.items():
-            assert max(error) < 1e-9, (case, error)
+    assert_exact(run_ranks(world, work), 2 * len(CONFIGS))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 37])
+def test_the_loss_of_a_divided_vocabulary(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(13, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (13,), generator=generator)
+    targets[2::5] = -100
+
+    def work(rank: int) -> list[float]:
+        place, errors = Place(init_device_mesh("cpu", (4,)), True), []
+        part = slice(*place.bounds(vocabulary))
+        for options in ({}, {"label_smoothing": 0.2}, {"z_loss": 0.3}, {"logit_scale": 2.5}, {"chunk": 4}):
+            x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            loss, count = linear_cross_entropy(x, w, targets, **options)
+            loss.backward()
+            x2, w2 = hidden.clone().requires_grad_(), weight[part].clone().requires_grad_()
+            loss2, count2 = VocabularyHead(place, vocabulary).loss(x2, w2, targets, **options)
+            (3 * loss2).backward()
+            assert count2 == count
+            errors += [float(abs(loss2 / loss - 1)), float((x2.grad / 3 - x.grad).abs().max())]
+            errors += [float((w2.grad / 3 - w.grad[part]).abs().sum())]
+            with torch.no_grad():
+                errors.append(float(abs(VocabularyHead(place, vocabulary).loss(x2, w2, targets, **options)[0] - loss)))
+        return errors
+
+    assert all(max(errors) < 1e-10 for errors in run_ranks(4, work))
+
+
+class Whole(Llama):
+    """Its feed-forward blocks are on every rank, as experts are, and work on the rank's tokens."""
+
+    tensor_plan = {k: v for k, v in Llama.tensor_plan.items() if ".mlp" not in k} | {
+        "blocks.*.mlp_norm": "tokens", "blocks.*.mlp.gate": "tokens", "blocks.*.mlp.up": "tokens",
+        "blocks.*.mlp.down": "tokens",
+    }  # fmt: skip
+
+
+def test_modules_that_stay_whole() -> None:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
+        mesh, errors = init_device_mesh("cpu", (2,)), {}
+        for sequence in (True, False):
+            plain, model = (build_model(CONFIGS["qwen"], 0).double() for _ in range(2))
+            model.__class__ = Whole
+            tensor_parallel(model, mesh, sequence=sequence)
+            assert type(model.blocks[0].mlp.up) is not nn.Linear and isinstance(model.blocks[0].mlp.up, nn.Linear)
+            data = batch(50)
+            expected, loss = step(plain, data), step(model, data)
+            errors[sequence] = float(abs(loss / expected - 1)), worst(model, plain)
+        model = build_model(CONFIGS["qwen"], 0)
+        model.__class__ = Whole
+        tensor_parallel(model, mesh, apart=["blocks.*.mlp.up"])
+        assert type(model.blocks[0].mlp.up.weight) is nn.Parameter
+        return errors
+
+    assert_exact(run_ranks(2, work), 2)
+
+
+def test_bf16_is_as_near_as_it_is_on_one_process() -> None:
+    def work(rank: int) -> list[float]:
+        mesh = init_device_mesh("cpu", (2,))
+        data, found = batch(50), []
+        for sequence in (True, False):
+            exact, model = pair("qwen", mesh, sequence)
+            model.bfloat16()
+            expected, loss = step(exact, data), step(model, data)
+            assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+            assert abs(loss / expected - 1) < 2e-3
+            found.append(float(loss))
+        return found
+
+    first, second = run_ranks(2, work)
+    assert first == second

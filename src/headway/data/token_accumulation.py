@@ -38,6 +38,7 @@ class TokenAccumulation(Method):
         buys="an even number of targets per step where sequences differ in theirs, and large batches in little memory",
         costs="fewer optimizer steps for the same tokens",
         after=("length-warmup",),
+        parallel=("replicate", "shard", "sequence", "tensor"),
     )
     Options = TokenAccumulationOptions
 

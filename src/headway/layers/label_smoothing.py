@@ -36,6 +36,7 @@ class LabelSmoothing(Method):
         buys="less confident predictions; helps when data is repeated or noisy",
         costs="a higher loss on the plain objective where data is plentiful",
         refuses={"one-epoch": "with every token seen once, regularisation only slows training"},
+        parallel=("replicate", "shard", "sequence", "tensor", "pipeline", "experts"),
     )
     Options = LabelSmoothingOptions
 

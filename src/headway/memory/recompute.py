@@ -83,6 +83,7 @@ class Recompute(Method):
         buys="the activations of one block instead of all",
         costs="one more forward pass of the recomputed blocks, or of their cheap parts",
         refuses={"streambp": "both decide how a block's backward pass gets its activations"},
+        parallel=("replicate", "shard", "sequence", "tensor", "pipeline", "experts"),
     )
     Options = RecomputeOptions
 

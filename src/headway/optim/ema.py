@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from headway.core.clip import local
 from headway.core.method import Card, Method, Update, Weights
 from headway.core.options import Options
 from headway.core.state import master_weights
@@ -22,7 +23,7 @@ from headway.core.state import master_weights
 @torch.no_grad()
 def ema_(averages: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """``average = decay * average + (1 - decay) * weight``, in place, tensor by tensor."""
-    torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
+    torch._foreach_lerp_([local(a) for a in averages], [local(w) for w in weights], 1.0 - decay)
 
 
 def warmed_decay(decay: float, updates: int) -> float:
@@ -49,6 +50,7 @@ class EMA(Method):
         approximates="",
         buys="lower evaluation loss at a high learning rate, without waiting for its decay",
         costs="one fp32 copy of the weights and one pass over them per step",
+        parallel=("replicate", "shard", "sequence", "tensor", "pipeline", "experts"),
     )
     Options = EMAOptions
 

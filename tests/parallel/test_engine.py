@@ -1,0 +1,55 @@
+"""Whole trainings on many ranks against one process, in fp64. Needs gloo; `pytest tests/parallel/test_engine.py`."""
+
+from typing import Any
+
+import pytest
+
+from headway.parallel.parity import parity
+from tests.parallel.recipes import recipe
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "shard": (2, {"shard": 2}),
+    "replicate": (2, {"replicate": 2}),
+    "replicate x shard": (4, {"replicate": 2, "shard": 2}),
+    "tensor": (2, {"tensor": 2}),
+    "tensor, whole tokens": (2, {"tensor": {"degree": 2, "sequence": False}}),
+    "shard x tensor": (4, {"shard": 2, "tensor": 2}),
+    "replicate x tensor": (4, {"replicate": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_and_gradients_are_those_of_one_process(name: str) -> None:
+    ranks, layout = LAYOUTS[name]
+    found = parity(recipe(parallel=layout), ranks)
+    assert found.loss_difference < 1e-9 and found.gradient_difference < 1e-9, found
+    assert found.changes and found.ranks == ranks
+
+
+@pytest.mark.parametrize("name", ["shard", "replicate x tensor"])
+def test_micro_batches_and_untied_heads_change_nothing(name: str) -> None:
+    ranks, layout = LAYOUTS[name]
+    found = parity(recipe(parallel=layout, train={"micro_batch": 1}, model={"tied": False, "qk_norm": True}), ranks)
+    assert found.loss_difference < 1e-9 and found.gradient_difference < 1e-9, found
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ema": {"ema": {"decay": 0.5}},
+    "recompute": {"recompute": {}},
+    "recompute, attention kept": {"recompute": {"keep": "attention"}},
+    "label-smoothing": {"label-smoothing": {}},
+    "token-accumulation": {"token-accumulation": {"targets": 200}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layout", ["replicate x shard", "shard x tensor"])
+def test_methods_do_on_many_ranks_what_they_do_on_one(name: str, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    found = parity(recipe(parallel=parallel, methods=METHODS[name]), ranks)
+    assert found.loss_difference < 1e-9 and found.gradient_difference < 1e-9, found
+
+
+def test_half_precision_is_near() -> None:
+    found = parity(recipe(parallel={"shard": 2, "tensor": 2}, train={"precision": "bf16"}), 4, steps=2)
+    assert 0 < found.loss_difference < 2e-3, found

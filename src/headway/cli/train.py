@@ -87,7 +87,6 @@ def train(
 def _start_ranks(recipe: Recipe, ranks: int, arguments: list[str]) -> None:
     from headway.core.engine import ranks_here
     from headway.core.errors import RecipeError
-    from headway.parallel.launch import launch
     from headway.parallel.legality import check_layout
     from headway.parallel.mesh import settle
 
@@ -95,6 +94,8 @@ def _start_ranks(recipe: Recipe, ranks: int, arguments: list[str]) -> None:
         raise RecipeError("--ranks", f"is given to a process that is one of {ranks_here()} ranks already")
     layout = settle(recipe.parallel, ranks, recipe.train.batch)
     check_layout(recipe, layout)
+    from headway.parallel.launch import launch
+
     note(f"starting {ranks} ranks: {layout}")
     if status := launch(["train", *arguments], ranks):
         raise typer.Exit(status)

@@ -25,7 +25,7 @@ from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer
 from headway.core.workload import Workload
 from headway.parallel.clip import clip_divided_
-from headway.parallel.legality import check_layout
+from headway.parallel.legality import check_layout, micro_batch
 from headway.parallel.mesh import Mesh, settle
 from headway.parallel.shard import reshard, shard_weights
 from headway.parallel.start import join_ranks, local_rank
@@ -69,7 +69,7 @@ class ParallelEngine(Engine):
     @property
     def micro_batch(self) -> int:
         """Sequences that pass through the model together."""
-        return min(self.recipe.train.micro_batch or self.share, self.share)
+        return micro_batch(self.recipe, self.layout)
 
     @property
     def stream_micro_batch(self) -> int:

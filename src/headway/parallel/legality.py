@@ -148,6 +148,17 @@ def _sequence(recipe: Recipe, layout: Layout) -> None:
                 f"{model.window}", "take ulysses")  # type: ignore[attr-defined]  # fmt: skip
 
 
+def micro_batch(recipe: Recipe, layout: Layout) -> int:
+    """Sequences that pass through the model together; by default a rank's share, and with a pipeline the largest part
+    of it of which there are at least two for each stage, in whole rounds."""
+    share = recipe.train.batch // layout.data
+    if recipe.train.micro_batch is not None:
+        return min(recipe.train.micro_batch, share)
+    counts = [n for n in range(1, share + 1) if share % n == 0 and n % layout.pipeline == 0]
+    enough = [n for n in counts if n >= 2 * layout.pipeline] or counts
+    return share // enough[0] if enough and layout.pipeline > 1 else share
+
+
 def _pipeline(recipe: Recipe, layout: Layout) -> None:
     options = recipe.parallel.pipeline
     degree, name, chunks = layout.pipeline, options.schedule, options.chunks
@@ -167,8 +178,7 @@ def _pipeline(recipe: Recipe, layout: Layout) -> None:
     if degree * chunks > layers:
         _refuse("parallel.pipeline", f"makes {degree * chunks} stages ({degree} ranks x {chunks}) of {layers} blocks",
                 f"take {max(1, layers // degree)} chunks, or a degree of {max(1, layers // chunks)}")  # fmt: skip
-    share = recipe.train.batch // layout.data
-    micro = min(recipe.train.micro_batch or share, share)
+    share, micro = recipe.train.batch // layout.data, micro_batch(recipe, layout)
     count = share // micro
     if count < degree and name != "gpipe":
         _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches of a rank's {share} sequences, fewer "

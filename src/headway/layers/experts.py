@@ -48,8 +48,14 @@ class Experts(nn.Module):
         Returns:
             [R, D].
         """
-        inner = swiglu(grouped_linear(rows, self.gate, counts), grouped_linear(rows, self.up, counts))  # [R, F]
-        return grouped_linear(inner, self.down, counts)
+        gate, up, down = (_held(weight) for weight in (self.gate, self.up, self.down))
+        inner = swiglu(grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts))  # [R, F]
+        return grouped_linear(inner, down, counts)
+
+
+def _held(weight: Tensor) -> Tensor:
+    """The part of the weight that this rank holds, where expert parallelism has divided it (a DTensor)."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

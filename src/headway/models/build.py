@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from headway.core.errors import ModelError
 from headway.core.options import Options
-from headway.models.config import GPT2Config, LlamaConfig, MoEConfig, TransformersConfig
+from headway.models.config import GLAConfig, GPT2Config, LlamaConfig, MoEConfig, TransformersConfig
 
 
 def build_model(config: Options, seed: int | None = None) -> Any:
@@ -39,6 +39,7 @@ def build_model(config: Options, seed: int | None = None) -> Any:
 
 def empty_model(config: Options, dtype: torch.dtype = torch.float32) -> Any:
     """A model of our own families on the CPU whose weights are not set."""
+    from headway.models.gla import GLA
     from headway.models.gpt2 import GPT2
     from headway.models.llama import Llama
     from headway.models.moe import MoETransformer
@@ -50,9 +51,11 @@ def empty_model(config: Options, dtype: torch.dtype = torch.float32) -> Any:
             model = Llama(config)
         elif isinstance(config, GPT2Config):
             model = GPT2(config)
+        elif isinstance(config, GLAConfig):
+            model = GLA(config)
         else:
             raise ModelError(
-                "model.family", got=getattr(config, "family", type(config).__name__), expected="llama, moe or gpt2"
+                "model.family", got=getattr(config, "family", type(config).__name__), expected="llama, moe, gpt2 or gla"
             )
     return model.to(dtype)
 

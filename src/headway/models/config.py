@@ -248,6 +248,115 @@ class GPT2Config(Options):
         return _known(self.vocab)
 
 
+class GLAConfig(Options):
+    """A pre-norm decoder with gated linear attention, RMSNorm and SwiGLU; some blocks may have softmax attention."""
+
+    family: Literal["gla"] = "gla"
+    """The family's name."""
+    hidden: int = Field(ge=1)
+    """Width of the residual stream, channels."""
+    layers: int = Field(ge=1)
+    """Number of blocks."""
+    heads: int = Field(ge=1)
+    """Heads per block."""
+    expand_k: float = Field(0.5, gt=0)
+    """Channels of queries and keys of all heads, as a multiple of `hidden`."""
+    expand_v: float = Field(1.0, gt=0)
+    """Channels of values of all heads, as a multiple of `hidden`."""
+    decay: Literal["channel", "head", "none"] = "channel"
+    """What forgets at a rate of its own at every token: each channel of the keys (GLA), each head, or nothing."""
+    gate_rank: int = Field(16, ge=1)
+    """Width between the two matrices that give the decays."""
+    gate_temperature: float = Field(16.0, gt=0)
+    """Divides the logarithms of the decays: higher ones forget more slowly at first."""
+    chunk: int = Field(64, ge=1)
+    """Tokens that are worked on together, a power of two; the result does not depend on it."""
+    softmax_layers: tuple[int, ...] = ()
+    """The blocks (from 0) that have softmax attention with rotary positions instead."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Key and value heads of those blocks; default: as many as `heads`."""
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the wavelengths of their rotary embedding."""
+    intermediate: Count | None = Field(None, ge=1)
+    """Width of the feed-forward block, channels; default: 8/3 of `hidden`, rounded up to a multiple of 64."""
+    vocab: Count | None = Field(None, ge=1)
+    """Entries of the vocabulary; default: the tokenizer's."""
+    context: Count = Field(2048, ge=1)
+    """Tokens the model is made for: the longest prompt with its continuation."""
+    tied: bool = True
+    """Share one matrix between embedding and output head."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in each norm."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout after the embedding and after each residual branch."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    @field_validator("expand_k", "expand_v")
+    @classmethod
+    def _whole_heads(cls, value: float, info: ValidationInfo) -> float:
+        hidden, heads = info.data.get("hidden"), info.data.get("heads")
+        if hidden is not None and heads is not None and (not (hidden * value).is_integer() or hidden * value % heads):
+            raise ValueError(f"a multiple of hidden ({hidden}) that makes whole channels for each of {heads} heads")
+        return value
+
+    @field_validator("chunk")
+    @classmethod
+    def _chunk(cls, value: int) -> int:
+        if value & (value - 1):
+            near = 1 << (value.bit_length() - 1)
+            raise ValueError(f"a power of two, such as {near} or {2 * near}")
+        return value
+
+    @field_validator("softmax_layers")
+    @classmethod
+    def _softmax_layers(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        layers, hidden, heads = (info.data.get(name, 0) for name in ("layers", "hidden", "heads"))
+        if any(not 0 <= layer < layers for layer in value):
+            raise ValueError(f"block numbers from 0 to {layers - 1}")
+        if value and heads and hidden % (2 * heads):
+            raise ValueError(f"hidden ({hidden}) to give each of {heads} heads an even number of channels")
+        return tuple(sorted(set(value)))
+
+    @field_validator("kv_heads")
+    @classmethod
+    def _groups(cls, value: int | None, info: ValidationInfo) -> int | None:
+        heads = info.data.get("heads")
+        if value is not None and heads is not None and heads % value:
+            raise ValueError(f"a divisor of heads ({heads})")
+        return value
+
+    @property
+    def key_width(self) -> int:
+        """Channels of queries and keys, all heads together."""
+        return int(self.hidden * self.expand_k)
+
+    @property
+    def value_width(self) -> int:
+        """Channels of values, all heads together."""
+        return int(self.hidden * self.expand_v)
+
+    @property
+    def head_width(self) -> int:
+        """Channels per head of the blocks with softmax attention."""
+        return self.hidden // self.heads
+
+    @property
+    def intermediate_width(self) -> int:
+        """``intermediate``, or its default."""
+        return self.intermediate or -(-8 * self.hidden // (3 * 64)) * 64
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab``; it must be known by now."""
+        return _known(self.vocab)
+
+    def softmax(self) -> LlamaConfig:
+        """The configuration of the blocks with softmax attention, as those of a Llama."""
+        shared = ("hidden", "layers", "heads", "kv_heads", "rope_theta", "context", "norm_eps", "dropout")
+        return LlamaConfig(**{name: getattr(self, name) for name in shared})
+
+
 class TransformersConfig(Options):
     """A causal language model in a Hugging Face folder: any family that the transformers library knows."""
 
@@ -264,10 +373,10 @@ class TransformersConfig(Options):
     """Entries of the vocabulary that are needed; `fresh` models get just these, others must have at least as many."""
 
 
-ModelConfig = LlamaConfig | MoEConfig | GPT2Config | TransformersConfig
+ModelConfig = LlamaConfig | MoEConfig | GPT2Config | GLAConfig | TransformersConfig
 
 FAMILIES: dict[str, type[Options]] = {
-    "llama": LlamaConfig, "moe": MoEConfig, "gpt2": GPT2Config, "transformers": TransformersConfig,
+    "llama": LlamaConfig, "moe": MoEConfig, "gpt2": GPT2Config, "gla": GLAConfig, "transformers": TransformersConfig,
 }  # fmt: skip
 """Name of a family -> its option class."""
 

@@ -1,0 +1,1 @@
+"""Experts laid over the ranks independently of attention (MoE Parallel Folding)."""

@@ -87,7 +87,21 @@ class GPT2(nn.Module):
                 hint="shorten the sequence, or train a model with a longer context",
             )
         x = self.embedding(tokens) + self.positions(positions)  # [B, T, D]
-        return self.drop(x, self.config.dropout, self.training), {"segments": segments, "cache": cache}
+        shared = self.beside(tokens.shape[1], x.device, x.dtype, segments=segments, cache=cache)
+        return self.drop(x, self.config.dropout, self.training), shared
+
+    def beside(
+        self,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> dict[str, Any]:
+        """What every block gets beside the residual stream; positions are in the stream already."""
+        return {"segments": segments, "cache": cache}
 
     def hidden(
         self,

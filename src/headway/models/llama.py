@@ -84,14 +84,28 @@ class Llama(nn.Module):
         """
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache exclude each other: a cache holds one document per row")
+        x = self.drop(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
+        given = {"positions": positions, "segments": segments, "cache": cache}
+        return x, self.beside(tokens.shape[1], x.device, x.dtype, **given)
+
+    def beside(
+        self,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> dict[str, Any]:
+        """What every block gets beside the residual stream of ``length`` new tokens."""
         start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
+        end = start + length
         if positions is None:
-            positions = torch.arange(start, end, device=tokens.device)  # [T]
+            positions = torch.arange(start, end, device=device)  # [T]
         elif self.rope.dynamic:
             end = int(positions.max()) + 1
-        x = self.drop(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
-        return x, {"rope": self.rope(positions, end, x.dtype), "segments": segments, "cache": cache}
+        return {"rope": self.rope(positions, end, dtype), "segments": segments, "cache": cache}
 
     def hidden(
         self,

@@ -1,5 +1,6 @@
 """Tensor parallelism against one process, on forked ranks, in fp64. Needs nothing."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,16 +11,17 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from headway.core.surgery import replace_blocks
 from headway.layers.linear_cross_entropy import linear_cross_entropy
+from headway.memory.memo.runtime import memo_activations
 from headway.memory.recompute import RecomputedBlock
+from headway.memory.streambp.stream import stream_backward
 from headway.models.build import build_model
 from headway.models.llama import Llama
 from headway.parallel.clip import clip_divided_
 from headway.parallel.local import run_ranks
-from headway.parallel.shard import shard_weights
 from headway.parallel.tensor import tensor_parallel
 from headway.parallel.tensor.head import VocabularyHead
 from headway.parallel.tensor.place import Place
-from tests.parallel.tensors import CONFIGS, batch, step, whole, worst
+from tests.parallel.tensors import CONFIGS, batch, shard, step, whole, worst
 
 
 def pair(name: str, mesh: Any, sequence: bool) -> tuple[Any, Any]:
@@ -78,7 +80,7 @@ def test_together_with_fsdp2() -> None:
         for name in CONFIGS:
             for sequence in (True, False):
                 plain, model = pair(name, mesh["tensor"], sequence)
-                shard_weights(model, mesh["weights"])
+                shard(model, mesh["weights"])
                 data = batch(CONFIGS[name].vocabulary)
                 expected = step(plain, data)
                 loss = step(model, {key: value.chunk(2)[rank // 2] for key, value in data.items()})
@@ -93,9 +95,11 @@ def test_together_with_fsdp2() -> None:
 
 @pytest.mark.parametrize("how", ["recompute", "recompute-keep-products", "compile"])
 def test_recomputed_and_compiled_blocks(how: str) -> None:
+    names = ("qwen",) if how == "compile" else ("qwen", "gpt2")
+
     def work(rank: int) -> dict[Any, tuple[float, ...]]:
         mesh, errors = init_device_mesh("cpu", (2,)), {}
-        for name in ("qwen", "gpt2"):
+        for name in names:
             for sequence in (True, False):
                 plain, model = pair(name, mesh, sequence)
                 if how == "compile":
@@ -109,7 +113,25 @@ def test_recomputed_and_compiled_blocks(how: str) -> None:
                 errors[name, sequence] = float(abs(loss / expected - 1)), worst(model, plain)
         return errors
 
-    assert_exact(run_ranks(2, work), 4)
+    assert_exact(run_ranks(2, work), 2 * len(names))
+
+
+@pytest.mark.parametrize("how", ["streambp", "memo"])
+def test_methods_that_take_blocks_apart_work_where_every_rank_has_all_tokens(how: str) -> None:
+    def work(rank: int) -> dict[Any, tuple[float, ...]]:
+        mesh, errors = init_device_mesh("cpu", (2,)), {}
+        for name in ("qwen", "gpt2"):
+            plain, model = (build_model(CONFIGS[name].model_copy(update={"layers": 3}), 0).double() for _ in range(2))
+            tensor_parallel(model, mesh, sequence=False)
+            if how == "streambp":
+                stream_backward(model.blocks, 4)
+            data = batch(CONFIGS[name].vocabulary)
+            expected = step(plain, data)
+            with memo_activations(model.blocks, 0.5) if how == "memo" else nullcontext():
+                errors[name] = float(abs(step(model, data) / expected - 1)), worst(model, plain)
+        return errors
+
+    assert_exact(run_ranks(2, work), 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -15,10 +15,9 @@ from headway.models.build import build_model
 from headway.models.config import GPT2Config, LlamaConfig
 from headway.models.llama import Llama
 from headway.parallel.local import run_ranks
-from headway.parallel.shard import shard_weights
 from headway.parallel.tensor import tensor_parallel
 from headway.resilience.lazy import LazyCheckpointer
-from tests.parallel.tensors import CONFIGS, batch, step, whole
+from tests.parallel.tensors import CONFIGS, batch, shard, step, whole
 
 LAYOUTS = {"tensor 4": (1, 4), "shard 2 x tensor 2": (2, 2), "shard 4": (4, 1)}
 
@@ -30,7 +29,7 @@ def laid_out(name: str, layout: tuple[int, int], seed: int) -> tuple[Any, torch.
     if ranks > 1:
         tensor_parallel(model, mesh["tensor"])
     if shards > 1:
-        shard_weights(model, mesh["weights"])
+        shard(model, mesh["weights"])
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 

@@ -109,7 +109,7 @@ def _check_same(model: nn.Module, mesh: DeviceMesh) -> None:
     if any(parameter.is_meta for _, parameter in named):
         return
     sums = torch.stack([parameter.double().sum() if parameter.numel() < 4096 else parameter.sum(dtype=torch.float64)
-                        for _, parameter in named])  # fmt: skip
+                        for _, parameter in named]).to(mesh.device_type)  # fmt: skip
     of_all = [torch.empty_like(sums) for _ in range(mesh.size())]
     dist.all_gather(of_all, sums, group=mesh.get_group())
     for rank, other in enumerate(of_all):
@@ -127,6 +127,8 @@ def _sentences(roles: dict[str, str], model: Any, place: Place) -> list[str]:
         said.append(f"a vocabulary of {model.vocab} divided among {place.size} ranks, with the loss of its head")
     if count["kv_heads"] and kv_heads_of(model) % place.size:
         said.append(f"{kv_heads_of(model)} key and value heads repeated for {place.size} ranks")
+    if count["tokens"]:
+        said.append(f"{count['tokens']} modules whole on every rank")
     if place.sequence:
         said.append(f"norms and residual stream on 1/{place.size} of the tokens")
     return said

@@ -13,23 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from headway.core.clip import local
 from headway.core.engine import Engine
-from headway.core.method import Gradients, Loss
+from headway.core.method import ForwardBackward, Gradients, Loss
 from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer
 from headway.core.workload import Workload
+from headway.models.structure import structure
 from headway.parallel.clip import clip_divided_
 from headway.parallel.legality import check_layout, micro_batch
 from headway.parallel.mesh import Mesh, settle
 from headway.parallel.shard import reshard, shard_weights
 from headway.parallel.start import join_ranks, local_rank
 from headway.resilience.folders import checkpoints
+
+if TYPE_CHECKING:
+    from headway.parallel.pipeline import Cuts, PipelineRunner, Stage
+
+SHARED = "embedding.weight"
+"""The matrix that embedding and head may share."""
 
 
 class ParallelEngine(Engine):
@@ -52,6 +61,10 @@ class ParallelEngine(Engine):
         self._speaks = at["tensor"] == at["pipeline"] == 0  # for the ranks that find the same losses
         self._size = (0, 0.0)
         self._changes: list[str] = []
+        self._tied = False
+        self._cuts: Cuts | None = None
+        self._stages: list[Stage] = []
+        self._runner: PipelineRunner | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -90,12 +103,38 @@ class ParallelEngine(Engine):
             from headway.parallel.tensor import tensor_parallel
 
             self._changes += tensor_parallel(model, self.mesh["tensor"], sequence=options.tensor.sequence)
+        if layout.pipeline > 1:
+            from headway.parallel.pipeline import keep_own_parts
+
+            self._tied = structure(model).tied
+            self._changes += keep_own_parts(model, self.cuts(model), self.mesh.at["pipeline"])
         return model
+
+    def cuts(self, model: Any) -> Cuts:
+        """Where the blocks are cut: embedding and head count by their work beside a block's."""
+        if self._cuts is None:
+            from headway.parallel.pipeline import cut_blocks
+
+            options, config = self.recipe.parallel.pipeline, model.config
+            block = sum(p.numel() for p in model.blocks[-1].parameters())
+            self._cuts = cut_blocks(
+                len(model.blocks),
+                options.degree,
+                options.chunks,
+                head=config.vocabulary * config.hidden / block,
+                there_and_back=options.schedule == "zbv-zero-bubble",
+            )
+        return self._cuts
 
     def shard(self, model: nn.Module) -> None:
         """FSDP2 over the ranks that run the same part on other samples or other tokens."""
+        if self.layout.pipeline > 1:
+            from headway.parallel.pipeline import make_stages
+
+            self._stages = make_stages(model, self.cuts(model), self.mesh.at["pipeline"])
         if self._sharded:
-            self._changes += shard_weights(model, self.mesh.weights(), self.recipe.train.precision)
+            parts: list[nn.Module] = [*self._stages] or [model]
+            self._changes += shard_weights(model, parts, self.mesh.weights(), self.recipe.train.precision)
 
     @property
     def _sharded(self) -> bool:
@@ -108,17 +147,71 @@ class ParallelEngine(Engine):
     def gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Gradients:
         """Clip by the norm over all ranks."""
         holders = self.world // self.layout.pipeline
+        masters: dict[Tensor, Tensor] = getattr(optimizer, "masters", {})
+        shared = [masters.get(p, p) for name, p in model.named_parameters() if name == SHARED] if self._pair else []
+        elsewhere = set() if self.mesh.at["pipeline"] == 0 else set(shared)
 
         def gradients() -> Tensor:
+            for parameter in shared:
+                dist.all_reduce(local(parameter.grad), group=self._pair)  # type: ignore[arg-type]
             trained = [p for group in optimizer.param_groups for p in group["params"]]
-            return clip_divided_(trained, clip, holders, set())
+            return clip_divided_(trained, clip, holders, elsewhere)
 
         return gradients
 
+    @cached_property
+    def _pair(self) -> Any:
+        """The ranks with the first and the last stage, where embedding and head share a matrix that both then hold."""
+        if not self._tied or self._cuts is None or self._cuts.rank_of(self._cuts.stages - 1) == 0:
+            return None
+        last = self._cuts.rank_of(self._cuts.stages - 1)
+        own = None
+        for group in self.layout.groups("pipeline"):  # every rank takes part in making every group
+            pair = [group[0], group[last]]
+            made = dist.new_group(pair)
+            own = made if self.rank in pair else own
+        return own
+
+    def forward_backward(self, model: nn.Module, loss: Loss) -> ForwardBackward:
+        """One micro-batch; with a pipeline, all of them, through its stages."""
+        if not self._stages:
+            return super().forward_backward(model, loss)
+        for stage in self._stages:
+            stage.loss = loss
+        return self._pipeline(model).forward_backward
+
+    def _pipeline(self, model: Any) -> PipelineRunner:
+        if self._runner is None:
+            from headway.parallel.pipeline import PipelineRunner
+
+            between = self.layout.sequence * (self.layout.tensor if self.recipe.parallel.tensor.sequence else 1)
+            weight = next(model.parameters())
+            sharded_half = self._sharded and self.recipe.train.precision == "bf16"
+            self._runner = PipelineRunner(
+                self._stages,
+                self.cuts(model),
+                self.mesh["pipeline"],
+                schedule=self.recipe.parallel.pipeline.schedule,
+                micro_batches=self.share // self.micro_batch,
+                width=model.config.hidden,
+                tokens=self.recipe.data.sequence // between,  # type: ignore[attr-defined]
+                dtype=torch.bfloat16 if sharded_half else weight.dtype,
+                device=weight.device,
+            )
+        return self._runner
+
     def evaluate(self, model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> float:
         """As one process does."""
-        value = super().evaluate(model, loss, batch)
-        reshard(model)
+        if self._stages:
+            kept = self._stages[-1].loss
+            self._stages[-1].loss = loss
+            value = self._pipeline(model).evaluate(batch)
+            self._stages[-1].loss = kept
+        else:
+            value = super().evaluate(model, loss, batch)
+        parts: list[nn.Module] = [*self._stages] or [model]
+        for part in parts:
+            reshard(part)
         return value
 
     def begin_step(self, step: int) -> None:
@@ -171,6 +264,14 @@ class ParallelEngine(Engine):
         state = trainer.state_dict()
         loaded: dict[str, Any] | None = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
         return loaded
+
+    def to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A matrix that two stages hold is saved by the first."""
+        if self._pair is None or self.mesh.at["pipeline"] == 0:
+            return state
+        kept = {key: {name: value for name, value in state[key].items() if name != SHARED}
+                for key in ("model", "optimizer")}  # fmt: skip
+        return {**state, **kept}
 
     def model_size(self, trainer: Trainer) -> tuple[int, float]:
         """Of the model before it was divided."""

@@ -66,9 +66,10 @@ def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, T
     inner = trainer.gradients
 
     def keep() -> Tensor:
+        norm = inner()  # sums what several ranks have parts of, and clips
         if not gradients:
             gradients.update(whole_gradients(trainer))
-        return inner()
+        return norm
 
     trainer.gradients = keep
     for _step in range(steps):

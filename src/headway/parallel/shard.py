@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from headway.models.structure import structure
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
 
 
-def shard_weights(model: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -> list[str]:
+def shard_weights(model: nn.Module, parts: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "fp32") -> list[str]:
     """Divide the weights of a model of Headway or transformers over ``mesh``, block by block, in place.
 
     Gradients are summed over the mesh, not averaged: each rank's loss is its part of the whole step's.
 
     Args:
+        parts: what runs as a whole: the model itself, or its pipeline stages on this rank.
         mesh: one dimension, or (replicas, shards).
         precision: of the products; weights and the sums of gradients stay fp32.
 
@@ -34,12 +36,13 @@ def shard_weights(model: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -
     blocks = [block for block in structure(model).blocks if not isinstance(block, Absent)]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    if hasattr(model, "hidden"):  # the loss goes through it, past `forward` and the hooks on it
-        register_fsdp_forward_method(model, "hidden")
-    for module in fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale what it sums
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        if hasattr(part, "hidden"):  # the loss goes through it, past `forward` and the hooks on it
+            register_fsdp_forward_method(part, "hidden")
+        for module in fsdp_modules(part):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale what it sums
     shards, replicas = mesh.size(mesh.ndim - 1), mesh.size() // mesh.size(mesh.ndim - 1)
     copies = f", {replicas} copies" if replicas > 1 else ""
     return [f"weights, gradients and optimizer state of {len(blocks)} blocks in {shards} parts{copies}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from headway.core.errors import HeadwayError
 
@@ -74,8 +73,3 @@ def cut_blocks(
                     after[done + blocks] = found
         best = after
     return Cuts(best[layers][2], ranks, there_and_back)
-
-
-def sizes(cuts: Cuts) -> list[int]:
-    """Blocks in each stage."""
-    return [end - start for start, end in pairwise(cuts.bounds)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from headway.core.method import Loss
@@ -35,9 +36,8 @@ def keep_own_parts(model: Any, cuts: Cuts, rank: int) -> list[str]:
         needed = last if name in LAST else first or (tied and last and child is model.embedding)
         if not needed:
             setattr(model, name, Absent())
-    where = ", ".join(f"{cuts.blocks(s).start}-{cuts.blocks(s).stop - 1}" for s in stages)
-    return [f"blocks {where} of {cuts.bounds[-1]} on this rank, stage {' and '.join(str(s) for s in stages)} of "
-            f"{cuts.stages}"]  # fmt: skip
+    share = ", ".join(f"{len(cuts.blocks(stage))} on rank {cuts.rank_of(stage)}" for stage in range(cuts.stages))
+    return [f"{cuts.bounds[-1]} blocks in {cuts.stages} stages: {share}"]
 
 
 class Stage(nn.Module):
@@ -47,12 +47,15 @@ class Stage(nn.Module):
     replace blocks come before.
     """
 
-    def __init__(self, model: Any, cuts: Cuts, index: int, loss: Loss) -> None:
+    loss: Loss
+    """The workload's, with what methods made of it; the last stage needs it."""
+
+    def __init__(self, model: Any, cuts: Cuts, index: int) -> None:
         super().__init__()
         self.index, self.first, self.last = index, index == 0, index == cuts.stages - 1
-        self._model, self._loss = (model,), loss  # in a tuple: it is no submodule, its parts are
+        self._model = (model,)  # in a tuple: it is no submodule, its parts are
         for name, child in model.named_children():
-            shared = name == "embedding" and self.last and structure(model).tied
+            shared = name == "embedding" and self.last and model.head is None
             mine = self.last if name in LAST else (self.first or shared)
             if name != "blocks" and mine and not isinstance(child, Absent):
                 self.add_module(name, child)
@@ -82,8 +85,8 @@ class Stage(nn.Module):
             x = block(x, **shared)
         if not self.last:
             return x
-        loss, _ = self._loss(_Finished(self.model, self.norm(x)), {"tokens": batch["targets"], **batch})  # type: ignore[arg-type]
-        return loss[None]
+        loss, _ = self.loss(_Finished(self.model, self.norm(x)), {"tokens": batch["targets"], **batch})  # type: ignore[arg-type, operator]
+        return torch.stack([loss])
 
 
 class _Finished:
@@ -100,6 +103,6 @@ class _Finished:
         return getattr(self._model, name)
 
 
-def make_stages(model: Any, cuts: Cuts, rank: int, loss: Loss) -> list[Stage]:
-    """The stages of ``rank``, in the order of the model."""
-    return [Stage(model, cuts, index, loss) for index in cuts.stages_of(rank)]
+def make_stages(model: Any, cuts: Cuts, rank: int) -> list[Stage]:
+    """The stages of ``rank``, in the order of the model; the last needs its ``loss`` set."""
+    return [Stage(model, cuts, index) for index in cuts.stages_of(rank)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # before the ranks are forked: recomputation imports it
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor

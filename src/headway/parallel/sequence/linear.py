@@ -76,9 +76,19 @@ class ScannedAttention:
     def __init__(self, links: Links, method: ScanMethod, blocks: int, documents: WeakIdKeyDictionary) -> None:
         self.links, self._documents = links, documents
         self._carry = StateCarry(links, method, blocks, KeptStates())
+        # Made here and not by a decorator, since it imports the compiler, which takes a second.
+        self._uncompiled = torch.compiler.disable(self._attend)
 
-    @torch.compiler.disable
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As ``linear_attention``.
+
+        Raises:
+            ModelError: with a state from a cache: generation has the whole text on every rank.
+        """
+        y, last = self._uncompiled(*args, **kwargs)
+        return y, last
+
+    def _attend(
         self,
         q: Tensor,
         k: Tensor,
@@ -89,11 +99,6 @@ class ScannedAttention:
         state: Tensor | None = None,
         chunk: int = CHUNK,
     ) -> tuple[Tensor, Tensor]:
-        """As ``linear_attention``.
-
-        Raises:
-            ModelError: with a state from a cache: generation has the whole text on every rank.
-        """
         if state is not None:
             raise ModelError(self.links.where, f"shares sequences among {self.links.size} ranks and cannot generate")
         before = None

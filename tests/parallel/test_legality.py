@@ -58,7 +58,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
                                         "train.batch of 4 or more"),
     "rounds of the interleaved schedule": (
         2, {"parallel": {"pipeline": {"degree": 2, "chunks": 2, "schedule": "interleaved-1f1b"}},
-            "train": {"batch": 6, "micro_batch": 2}}, r"3 micro-batches.*rounds of 2.*take 1 or 3"),
+            "train": {"batch": 10, "micro_batch": 2}}, r"5 micro-batches.*equal rounds.*take 1 or 5"),
     "experts of a dense model": (2, {"parallel": {"experts": 2}}, "a llama model has none"),
     "budget": (2, {"memory": {"budget": "1GiB"}}, "plans for one process, and there are 2 ranks"),
     "plain checkpoints": (2, {"checkpoint": {"mode": "plain"}}, "take checkpoint.mode=lazy"),

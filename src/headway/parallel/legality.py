@@ -184,11 +184,14 @@ def _pipeline(recipe: Recipe, layout: Layout) -> None:
         _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches of a rank's {share} sequences, fewer "
                 f"than the {degree} stages in a row", f"take {max(1, share // degree)} or less, or more train.batch"
                 if share >= degree else f"take train.batch of {degree * layout.data} or more")  # fmt: skip
-    if name in INTERLEAVED and count % degree:
-        fitting = [m for m in range(1, share + 1) if share % m == 0 and share // m % degree == 0]
-        _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches, which {name} cannot hand out in "
-                f"rounds of {degree}", f"take {one_of(fitting, micro)}" if fitting
-                else f"take a train.batch that is a multiple of {degree * layout.data}")  # fmt: skip
+    if name in INTERLEAVED and not _in_rounds(count, degree):
+        fitting = [m for m in range(1, share + 1) if share % m == 0 and _in_rounds(share // m, degree)]
+        _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches, which {name} cannot hand out to {degree} "
+                "ranks in equal rounds", f"take {one_of(fitting, micro)}")  # fmt: skip
+
+
+def _in_rounds(micro_batches: int, ranks: int) -> bool:
+    return micro_batches >= ranks and micro_batches % (micro_batches // ranks) == 0
 
 
 def _experts(recipe: Recipe, layout: Layout) -> None:

@@ -58,6 +58,7 @@ TABLE: dict[str, dict[str, str]] = {
         "memo": "headway.experiments.memo:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",
         "streambp": "headway.experiments.streambp:experiment",
+        "zeco": "headway.experiments.zeco:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",
         "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",
     },

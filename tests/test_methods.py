@@ -36,9 +36,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssdtrain": {"options": {"min_bytes": 1}},
     "memo": {"options": {"alpha": 0.5}, "model": {"layers": 4}},
     "fuyou": {"train": {"clip": None}},
+    "global-lbl": {"model": {"family": "moe", "experts": 4, "expert_width": 32}},
 }
 # A recipe in which the method has nothing to act on; it must be refused, or stop for having changed nothing.
 NOTHING: dict[str, dict[str, Any]] = {
+    "global-lbl": {},  # a model without experts
     "length-warmup": {"options": {"first": 32}},
     "memo": {"model": {"layers": 2}},  # the last two are never swapped
 }

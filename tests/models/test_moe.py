@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headway.core.build import build_trainer
-from headway.core.errors import ModelError, RecipeError
+from headway.core.errors import HeadwayError, ModelError, RecipeError
 from headway.core.options import parse_options
 from headway.core.recipe import Recipe
 from headway.core.train import train
@@ -129,13 +129,20 @@ def test_trains_resumes_and_generates(precision: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "methods",
-    [{"recompute": {}}, {"recompute": {"keep": "products"}}, {"ssdtrain": {"min_bytes": 1}}, {"ema": {}}, {"sam": {}}],
-    ids=lambda m: f"{next(iter(m))}",
+    [
+        {"recompute": {}},
+        {"recompute": {"keep": "products"}},
+        {"ssdtrain": {"min_bytes": 1}},
+        {"streambp": {"chunk": 8}},
+        {"ema": {}},
+        {"sam": {}},
+    ],
+    ids=lambda m: "-".join(m),
 )
 def test_methods_that_work_on_blocks_work_on_these(methods: dict[str, Any], compiled: bool) -> None:
     if compiled and "recompute" not in methods:
         pytest.skip("one method is enough")
-    model = {**MODEL, "shared_experts": 1}
+    model = {**MODEL, "shared_experts": 1, "layers": 4}
     sections: dict[str, Any] = {"model": model, "train": {"compile": compiled}}
     trainer = build_trainer(Recipe.load(tiny_recipe(methods=methods, **sections)))
     losses = [trainer.train_step()["loss"] for _ in range(5)]
@@ -143,3 +150,10 @@ def test_methods_that_work_on_blocks_work_on_these(methods: dict[str, Any], comp
         return
     plain = build_trainer(Recipe.load(tiny_recipe(model=model)))
     assert losses == pytest.approx([plain.train_step()["loss"] for _ in range(5)], rel=1e-5)
+
+
+def test_memo_refuses_a_block_whose_rows_are_not_its_tokens() -> None:
+    recipe = tiny_recipe(methods={"memo": {"alpha": 0.5}}, model={**MODEL, "layers": 4})
+    trainer = build_trainer(Recipe.load(recipe))
+    with pytest.raises(HeadwayError, match="Switch memo off"):
+        trainer.train_step()

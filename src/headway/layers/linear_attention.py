@@ -8,8 +8,8 @@ of generation, or between ranks (`parallel.sequence.linear`).
 
 Shapes: B batch, H heads, T tokens, N chunks, C tokens of a chunk, dk channels of queries and keys, dv of values.
 
-Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635, sections
-3.1 and 4.3; the gradient of the decay, appendix C.
+Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635, section 4
+and the appendix on its gradients.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every rank receives one state and sends one, however many ranks there are; with K blocks the last of P ranks waits for
 P + K - 2 blocks of a K-th each.
 
-Source: Chou et al., ZeCO, arXiv 2507.01004, section 3.2.
+Source: Chou et al., ZeCO, arXiv 2507.01004 (All-Scan).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 - ``lasp1``: a ring; each rank waits for the whole state, adds its own and passes it on. Time grows with the ranks.
 - ``lasp2``: every rank gathers the states of all and adds up those before it. Bytes grow with the ranks.
 
-Source: Sun et al., Linear Attention Sequence Parallelism, arXiv 2404.02882, algorithms 2 and 3; Sun et al., LASP-2,
-arXiv 2502.07563, algorithms 2 and 4; Chou et al., ZeCO, arXiv 2507.01004, algorithms 1 and 2.
+Source: Sun et al., Linear Attention Sequence Parallelism, arXiv 2404.02882; Sun et al., LASP-2, arXiv 2502.07563;
+Chou et al., ZeCO, arXiv 2507.01004.
 """
 
 from __future__ import annotations

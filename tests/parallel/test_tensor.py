@@ -24,10 +24,10 @@ from headway.parallel.tensor.place import Place
 from tests.parallel.tensors import CONFIGS, batch, shard, step, whole, worst
 
 
-def pair(name: str, mesh: Any, sequence: bool) -> tuple[Any, Any]:
+def pair(name: str, mesh: Any, sequence: bool, regather: bool = False) -> tuple[Any, Any]:
     """The model of one process, and the divided one."""
     plain, model = (build_model(CONFIGS[name], 0).double() for _ in range(2))
-    tensor_parallel(model, mesh, sequence=sequence)
+    tensor_parallel(model, mesh, sequence=sequence, regather=regather)
     return plain, model
 
 
@@ -93,7 +93,7 @@ def test_together_with_fsdp2() -> None:
     assert_exact(run_ranks(4, work), 2 * len(CONFIGS))
 
 
-@pytest.mark.parametrize("how", ["recompute", "recompute-keep-products", "compile"])
+@pytest.mark.parametrize("how", ["recompute", "recompute-keep-products", "compile", "regather", "regather-recompute"])
 def test_recomputed_and_compiled_blocks(how: str) -> None:
     names = ("qwen",) if how == "compile" else ("qwen", "gpt2")
 
@@ -101,11 +101,11 @@ def test_recomputed_and_compiled_blocks(how: str) -> None:
         mesh, errors = init_device_mesh("cpu", (2,)), {}
         for name in names:
             for sequence in (True, False):
-                plain, model = pair(name, mesh, sequence)
+                plain, model = pair(name, mesh, sequence, regather="regather" in how)
                 if how == "compile":
                     for block in model.blocks:
                         block.compile(fullgraph=True, backend="aot_eager")
-                else:
+                if "recompute" in how:
                     keep: Any = "products" if "products" in how else "nothing"
                     replace_blocks(model.blocks, lambda block, keep=keep: RecomputedBlock(block, keep), "test")
                 data = batch(CONFIGS[name].vocabulary)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from headway.core.errors import ModelError
-from headway.core.surgery import replace_blocks
+from headway.core.surgery import Absent, replace_blocks
 from headway.memory.recompute import RecomputedBlock
 from headway.models.build import build_model
 from headway.models.config import GPT2Config, LlamaConfig
@@ -132,6 +133,17 @@ def test_models_that_cannot_be_divided_are_left_as_they_are() -> None:
         refuse(model, r"is divided already|cannot be divided")
 
     run_ranks(2, work)
+
+
+def test_the_blocks_of_other_pipeline_ranks_are_passed_over() -> None:
+    def work(rank: int) -> list[str]:
+        model = build_model(llama(layers=2), 0)
+        model.embedding, model.blocks[0], model.head = Absent(), Absent(), nn.Linear(48, 11, bias=False)
+        tensor_parallel(model, init_device_mesh("cpu", (2,)))
+        assert isinstance(model.embedding, Absent)
+        return [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+
+    assert run_ranks(2, work) == [[], []]
 
 
 def test_tokens_that_cannot_be_shared_are_refused_and_tokens_out_of_the_vocabulary_too() -> None:

@@ -39,12 +39,12 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def sent(world: int, layers: int, sequence: bool) -> list[float]:
+def sent(world: int, layers: int, sequence: bool, regather: bool = False) -> list[float]:
     config = LlamaConfig(hidden=D, layers=layers, heads=4, vocab=V, context=64, intermediate=64)
 
     def work(rank: int) -> list[float]:
         model = build_model(config, 0)
-        tensor_parallel(model, init_device_mesh("cpu", (world,)), sequence=sequence)
+        tensor_parallel(model, init_device_mesh("cpu", (world,)), sequence=sequence, regather=regather)
         tokens = torch.zeros(B, T, dtype=torch.int64)
         with Traffic(world) as traffic:
             loss, _ = model.head_loss(model.hidden(tokens).flatten(0, 1), model.head_weight, tokens.flatten())
@@ -73,3 +73,39 @@ def test_no_logits_are_sent(sequence: bool) -> None:
     three_numbers = 3 * B * T * 2 * share
     assert sum(messages) == pytest.approx((8 + ends) * share * B * T * D + norms + three_numbers)
     assert max(messages) <= 2 * share * B * T * D < B * T * V / 2
+
+
+def test_gathering_again_costs_a_quarter_more() -> None:
+    share = 3 / 4
+    one, three = (sent(4, layers, True, regather=True) for layers in (1, 3))
+    assert (sum(three) - sum(one)) / 2 == pytest.approx(10 * share * B * T * D + 4 * share * D)
+
+
+def test_gathering_again_keeps_a_share_of_every_activation() -> None:
+    config = LlamaConfig(hidden=D, layers=2, heads=4, vocab=8, context=64, intermediate=64)
+
+    def kept(rank: int, world: int, regather: bool) -> int:
+        model = build_model(config, 0)
+        if world > 1:
+            tensor_parallel(model, init_device_mesh("cpu", (world,)), regather=regather)
+        owned = {p.to_local().data_ptr() if hasattr(p, "to_local") else p.data_ptr() for p in model.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in owned:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        x, shared = model.embed(torch.zeros(B, 4 * T, dtype=torch.int64))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            for block in model.blocks:
+                x = block(x, **shared)
+        return sum(saved.values())
+
+    whole = run_ranks(1, kept, 1, False)[0]
+    keeping, again = (run_ranks(4, kept, 4, regather)[0] for regather in (False, True))
+    rope = 2 * 4 * T * 4 * 4  # bytes: two tables of four angles for each token, which every rank has
+    assert again - rope == (whole - rope) / 4
+    gathered = 2 * 2 * B * 4 * T * D * 4  # bytes: two regions in each of two layers
+    assert keeping - again == gathered * 3 / 4

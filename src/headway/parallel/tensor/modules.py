@@ -20,7 +20,7 @@ class ColumnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[B, T, in] -> [B, T, out / t]."""
         bias = None if self.bias is None else local(self.bias)
-        return F.linear(input, local(self.weight), bias)
+        return self.place.product(input, local(self.weight), bias)
 
 
 class SharedColumnLinear(nn.Linear):
@@ -38,7 +38,7 @@ class SharedColumnLinear(nn.Linear):
         start = self.place.rank * self.kv_heads // self.place.size * width
         weight = self.place.inside(self.weight).narrow(0, start, width)
         bias = None if self.bias is None else self.place.inside(self.bias).narrow(0, start, width)
-        return F.linear(input, weight, bias)
+        return self.place.product(input, weight, bias)
 
 
 class RowLinear(nn.Linear):

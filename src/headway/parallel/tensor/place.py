@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from headway.core.errors import ModelError
 from headway.parallel.tensor.collectives import Copy, Gather, Join, Sum, SumScatter, take
+from headway.parallel.tensor.regather import Gathered
 
 TOKENS = -2
 """The dimension of tokens in [B, T, D]."""
@@ -20,12 +22,14 @@ class Place:
     Args:
         mesh: one dimension, the tensor group.
         sequence: Korthikanti et al.'s sequence parallelism: outside, each rank works on T / size tokens.
+        regather: between the passes keep none of the tokens gathered for a region, and gather them again.
     """
 
-    def __init__(self, mesh: DeviceMesh, sequence: bool) -> None:
+    def __init__(self, mesh: DeviceMesh, sequence: bool, regather: bool = False) -> None:
         self.mesh, self.size, self.rank = mesh, mesh.size(), mesh.get_local_rank()
         self.group: str = mesh.get_group().group_name
-        self.sequence = sequence
+        self.sequence, self.regather = sequence, regather
+        self._gathered: Gathered | None = None
         self._whole = False
 
     def begin(self, tokens: int) -> None:
@@ -52,14 +56,26 @@ class Place:
     def enter(self, x: Tensor) -> Tensor:
         """Into the region: all tokens, to be worked on in each rank's own way."""
         if self.divided:
-            return Gather.apply(x, TOKENS, self.size, self.group)  # type: ignore[no-any-return]
+            whole: Tensor = Gather.apply(x, TOKENS, self.size, self.group)
+            if self.regather and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._gathered = Gathered(x, whole, TOKENS, self.size, self.group)
+            return whole
         return Copy.apply(x, self.group)  # type: ignore[no-any-return]
 
     def leave(self, x: Tensor) -> Tensor:
         """Out of the region: the sum of the ranks' contributions."""
+        if self._gathered is not None:
+            self._gathered.mine = None
+            self._gathered = None
         if self.divided:
             return SumScatter.apply(x, TOKENS, self.size, self.group)  # type: ignore[no-any-return]
         return Sum.apply(x, self.group)  # type: ignore[no-any-return]
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` at the beginning of a region."""
+        if self._gathered is not None and self._gathered.is_whole(x):
+            return self._gathered.product(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     def copy(self, x: Tensor) -> Tensor:
         """What all have, to be worked on in each rank's own way."""

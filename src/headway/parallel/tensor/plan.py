@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from headway.core.errors import ModelError
-from headway.core.surgery import Shell
+from headway.core.surgery import Absent, Shell
 
 ROLES = frozenset({
     "vocabulary", "positions", "enter", "heads", "kv_heads", "column", "row", "inside", "leave", "tokens", "apart",
@@ -59,7 +59,7 @@ def read_plan(model: nn.Module, apart: Sequence[str] = ()) -> dict[str, str]:
             raise ModelError(path, f"is wrapped by {type(module).__name__} already",
                              hint="make the model tensor-parallel before methods work on it")  # fmt: skip
         role = next((role for pattern, role in patterns.items() if pattern.fullmatch(path)), None)
-        if role is not None:
+        if role is not None and not isinstance(module, Absent):
             roles[path] = role
     for path, _ in model.named_parameters():
         if not any(path.startswith(f"{owner}.") for owner in roles):

@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,11 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from headway.core.surgery import replace_blocks
+from headway.memory.recompute import RecomputedBlock
 from headway.models.build import build_model
 from headway.models.config import MoEConfig
 from headway.parallel.experts.grids import fold
 from headway.parallel.experts.parallel import expert_mesh, expert_parallel
 from headway.parallel.local import run_ranks
+from headway.parallel.tensor import tensor_parallel
 
 CONFIG = MoEConfig(hidden=16, layers=2, heads=2, intermediate=32, vocab=50, context=16, experts=4, top_k=2)
 TOTAL = 4 * 2 * 9
@@ -110,6 +114,38 @@ def test_a_step_of_every_division_leaves_the_weights_of_one_process() -> None:
             torch.testing.assert_close(whole(ours), theirs, rtol=1e-10, atol=1e-12, msg=name)
 
     run_ranks(4, work)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_tensor_ranks_with_their_share_of_the_tokens_hold_experts_of_their_own(recomputed: bool) -> None:
+    """Data 2 x tensor 2: after the sums over data and expert_data ranks, every gradient is one process's."""
+    tokens = torch.randint(50, (2, 4, 9), generator=torch.Generator().manual_seed(1))
+    alone = model_of()
+    head_loss(alone, tokens.flatten(0, 1)).backward()
+
+    def work(rank: int) -> None:
+        for options in ({"expert": 4}, {"expert": 2}, {"expert": 2, "expert_tensor": 2}):
+            both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+            mesh, model = expert_mesh(fold(4, tensor=2, **options)), model_of()
+            tensor_parallel(model, both["tensor"], apart=("blocks.*.mlp.experts",))
+            expert_parallel(model, mesh["expert"], mesh["expert_tensor"])
+            if recomputed:
+                replace_blocks(model.blocks, RecomputedBlock, "test")
+            head_loss(model, tokens[rank // 2]).backward()
+            for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+                grad: Any = ours.grad
+                group = mesh.get_group("expert_data") if ".experts." in name else both.get_group("data")
+                dist.all_reduce(grad.to_local(), group=group)
+                error = (grad.full_tensor() - theirs.grad).norm() / theirs.grad.norm()
+                assert error < 1e-10, f"{options} {name}: {error:.1e}"
+
+    run_ranks(4, work)
+
+
+def head_loss(model: Any, tokens: Tensor) -> Tensor:
+    """As ``loss_of``, by the model's own head, which tensor parallelism replaces."""
+    hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
+    return model.head_loss(hidden, model.head_weight, tokens[:, 1:].flatten())[0] / TOTAL
 
 
 def test_a_checkpoint_of_four_expert_ranks_is_read_by_two_and_by_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ expert_tensor ranks, R rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Load:
         return max(self.received) * len(self.received) / max(sum(self.received), 1)
 
 
-class Dispatcher:
+class Dispatcher(ABC):
     """What both dispatchers share; an instance takes the place of ``MoE.dispatch``.
 
     Args:
@@ -72,9 +73,9 @@ class Dispatcher:
         """Experts on this rank."""
         self.load = Load(0, 0.0, (0,) * self.mine)
 
+    @abstractmethod
     def __call__(self, rows: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """[n, D] -> [n, D]: the weighted sum of what each token's experts make of it."""
-        raise NotImplementedError
 
     def _keep(self, routing: Routing, training: bool) -> tuple[Tensor | None, int | None]:
         """The choices that stay, bool [n, k], and the rows to pad to; None: all, and none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headway.core.errors import MethodError
+from headway.core.fallback import fallback
 from headway.core.method import Card, ForwardBackward, Gradients, Loss, Method, Update
 from headway.core.options import Options
 from headway.core.recipe import Recipe
@@ -39,7 +39,7 @@ class GlobalLBLOptions(Options):
     bias_rate: float = Field(0.0, ge=0)
     """Move a bias of each expert by so much per step towards an even load; with `weight: 0`, balance without a loss."""
     dead_after: int = Field(100, ge=1)
-    """Warn of experts that had no token for so many steps."""
+    """Raise an alarm over experts that had no token for so many steps."""
 
 
 class GlobalLBL(Method):
@@ -101,7 +101,7 @@ class GlobalLBL(Method):
             shuffle=o.shuffle,
             bias_rate=o.bias_rate,
         )
-        self._warned: set[str] = set()
+        self._alarms: set[str] = set()
         of = {"world": "all ranks", "node": "the ranks of a machine", "micro": "each rank alone"}[o.scope]
         of += ", micro-batches of a step together" if o.buffer else ", each micro-batch by itself"
         detail = f"effective weight {o.weight:g} in the mean loss of a step, frequencies of {of}"
@@ -153,20 +153,24 @@ class GlobalLBL(Method):
         return moved
 
     def _watch(self) -> None:
+        """Raise the alarms, each once."""
         balancer, o = self._balancer, self.options
-        if dead := balancer.dead(o.dead_after):
+        dead = balancer.dead(o.dead_after)
+        if dead and "dead" not in self._alarms:
+            self._alarms.add("dead")
             named = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:4])
             named += f" and {len(dead) - 4} more" if len(dead) > 4 else ""
-            self._warn("dead", f"no token for {o.dead_after} steps came to expert {named}; a larger weight, or "
-                               "bias_rate, would bring them back")  # fmt: skip
-        if o.weight and o.scope == "world" and float(balancer.lbl.min()) < 1 - _TOLERANCE and balancer.load.any():
-            self._warn("low", f"a balancing loss of {float(balancer.lbl.min()):.4f} is less than 1, that of perfect "
-                              "balance: the router has found probabilities that disagree with its choices")  # fmt: skip
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"{self.where}: {text}", RuntimeWarning, stacklevel=2)
+            fallback(
+                "a model with dead experts",
+                f"no token for {o.dead_after} steps came to expert {named}",
+                f"what they could learn; a larger weight or bias_rate of {self.where} brings them back",
+            )
+        lowest = float(balancer.lbl.min())
+        judged = o.weight > 0 and o.scope == "world" and bool(balancer.load.any())
+        if judged and lowest < 1 - _TOLERANCE and "low" not in self._alarms:
+            self._alarms.add("low")
+            why = f"it is {lowest:.4f}, less than the 1 of perfect balance: probabilities and choices disagree"
+            fallback("a balancing loss that no longer balances", why, "an even load")
 
     def report(self) -> dict[str, Any]:
         """By layer, of the last step: the loss as of one batch over all ranks, and largest over mean load."""
@@ -175,7 +179,7 @@ class GlobalLBL(Method):
             "load_balancing_loss": balancer.lbl.tolist(),
             "max_over_mean_load": (balancer.load.amax(1) * balancer.experts).tolist(),
             "dead_experts": len(balancer.dead(self.options.dead_after)),
-            "warnings": sorted(self._warned),
+            "alarms": sorted(self._alarms),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from headway.core.errors import MethodError, RecipeError
 from headway.layers.capacity import Capacity
@@ -214,6 +215,27 @@ def test_rows_are_counted_by_group_and_by_node() -> None:
 
     for folded, apart in run_ranks(4, work):
         assert folded == 0 < apart
+
+
+@pytest.mark.parametrize("options", [{"expert": 8}, {"expert": 4, "expert_tensor": 2}])
+def test_a_fake_group_of_many_ranks_counts_what_a_real_one_would_send(options: dict[str, int]) -> None:
+    """For planning: rank 0 of 64 alone, with evenly spread tokens."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    try:
+        model, mesh = layer(top_k=E), expert_mesh(fold(64, **options))  # every token visits every expert
+        expert_parallel(model, mesh["expert"], mesh["expert_tensor"], node=2)
+        objective(model(tokens(1)[0].requires_grad_())).backward()
+        traffic = next(iter(dispatchers(model).values())).traffic.by
+        ep, each = options["expert"], 6 * E // options["expert"]  # rows for each rank
+        assert traffic["expert"].bytes == (ep - 1) * (4 * each * D * 8 + E // ep * 8)
+        assert traffic["expert"].crossing * (ep - 1) == traffic["expert"].bytes * (
+            ep - 2 // options.get("expert_tensor", 1)
+        )
+        if "expert_tensor" in options:
+            assert traffic["expert_tensor"].bytes == 4 * ep * each * D * 8 + ep * E // ep * 8
+            assert traffic["expert_tensor"].crossing == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bf16_weights_and_the_report() -> None:

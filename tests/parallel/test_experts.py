@@ -124,6 +124,18 @@ def test_every_number_of_choices_and_unequal_or_empty_bags(kind: str) -> None:
     run_ranks(4, work)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_without_rows_has_zero_gradients_in_every_precision(dtype: torch.dtype) -> None:
+    """They must be there: FSDP2 sums them with those of ranks that have rows."""
+    experts = Experts(16, 32, 4).to(dtype)
+    x = torch.zeros(0, 16, dtype=dtype, requires_grad=True)
+    experts(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+    experts.zero_grad()
+    experts(torch.ones(5, 16, dtype=dtype), torch.tensor([0, 5, 0, 0])).sum().backward()
+    assert all(p.grad is not None and not p.grad[[0, 2, 3]].any() and p.grad[1].any() for p in experts.parameters())
+
+
 @pytest.mark.parametrize("kind", DISPATCHERS)
 def test_experts_that_nobody_chooses_have_zero_gradients(kind: str) -> None:
     model = layer(top_k=1)

@@ -1,6 +1,6 @@
-"""The planner of mappings for experts: the paper's table in its order, memory, and what each term depends on. No torch.
+"""The planner of mappings for experts: the paper's table in its order, memory, and what each term depends on.
 
-Run: pytest tests/plan/test_cluster_experts.py
+Needs nothing; no torch. Run: pytest tests/plan/test_cluster_experts.py
 """
 
 from __future__ import annotations

@@ -129,10 +129,10 @@ def test_a_rank_without_rows_has_zero_gradients_in_every_precision(dtype: torch.
     """They must be there: FSDP2 sums them with those of ranks that have rows."""
     experts = Experts(16, 32, 4).to(dtype)
     x = torch.zeros(0, 16, dtype=dtype, requires_grad=True)
-    experts(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
+    experts(x, torch.zeros(4, dtype=torch.int64)).backward(torch.ones(0, 16, dtype=dtype))
     assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
     experts.zero_grad()
-    experts(torch.ones(5, 16, dtype=dtype), torch.tensor([0, 5, 0, 0])).sum().backward()
+    experts(torch.ones(5, 16, dtype=dtype), torch.tensor([0, 5, 0, 0])).backward(torch.ones(5, 16, dtype=dtype))
     assert all(p.grad is not None and not p.grad[[0, 2, 3]].any() and p.grad[1].any() for p in experts.parameters())
 
 

@@ -36,6 +36,8 @@ class Engine:
     """Which share of the samples this rank trains on,"""
     data_ranks: int = 1
     """of how many. Ranks that divide a model or a sequence have the same share."""
+    layout_name: str = "one rank"
+    """How the run is divided, in words."""
     devices: int = 1
     """How many devices compute. Ranks on one machine's processor share it."""
 

@@ -194,6 +194,7 @@ class Trainer:
             "stream": self.stream.state_dict(),  # type: ignore[attr-defined]
             "methods": {method.card.name: method.state_dict() for method in self.methods},
             "changes": self.changes,
+            "layout": self.engine.layout_name,
             "evaluation": self.evaluation,
             "rng": run_state.rng_state(),
         }
@@ -204,8 +205,10 @@ class Trainer:
         Raises:
             CheckpointError: the state belongs to another model, or other methods were on.
         """
-        if state["changes"] != self.changes:
-            before, now = sorted(state["changes"]), sorted(self.changes)
+        before, now = sorted(state["changes"]), sorted(self.changes)
+        # Another layout has other parts of the model on rank 0, whose changes are kept.
+        same_layout = state.get("layout", Engine.layout_name) == self.engine.layout_name
+        if before != now or (same_layout and state["changes"] != self.changes):
             what = (
                 f"was made with methods {before}, now {now}" if before != now else "methods changed other things then"
             )

@@ -32,6 +32,7 @@ from headway.parallel.legality import check_layout, micro_batch
 from headway.parallel.mesh import Mesh, settle
 from headway.parallel.shard import reshard, shard_weights
 from headway.parallel.start import join_ranks, local_rank
+from headway.parallel.states import tensors_of, with_others, without
 from headway.resilience.folders import checkpoints
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ParallelEngine(Engine):
         self.rank, self.world = join_ranks()
         self.layout = settle(recipe.parallel, self.world, recipe.train.batch)
         check_layout(recipe, self.layout)
+        self.layout_name = str(self.layout)
+        self.devices = self.world if torch.cuda.is_available() else 1
         self._control = dist.new_group(backend="gloo") if torch.cuda.is_available() else None
         self._made: Mesh | None = None
         at = self.layout.coordinates(self.rank)
@@ -262,16 +265,22 @@ class ParallelEngine(Engine):
             return None
         _make_optimizer_state(trainer.optimizer)
         state = trainer.state_dict()
-        loaded: dict[str, Any] | None = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
-        return loaded
+        loaded: Any = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
+        own = {key: {name: loaded[key][name] for name in state[key]} for key in ("model", "optimizer")}
+        return {**loaded, **own}  # without the names of what other stages hold
 
     def to_save(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A matrix that two stages hold is saved by the first."""
-        if self._pair is None or self.mesh.at["pipeline"] == 0:
+        """Every rank saves what it has; rank 0, which writes down the structure, is told of what the others have. A
+        matrix that two stages hold is saved by the first."""
+        if self.layout.pipeline == 1:
             return state
-        kept = {key: {name: value for name, value in state[key].items() if name != SHARED}
-                for key in ("model", "optimizer")}  # fmt: skip
-        return {**state, **kept}
+        if self._pair is not None and self.mesh.at["pipeline"] > 0:
+            state = without(state, SHARED)
+        everywhere: list[Any] = [None] * self.world
+        dist.all_gather_object(everywhere, tensors_of(state), group=self._control)
+        for other in everywhere:
+            state = with_others(state, other)
+        return state
 
     def model_size(self, trainer: Trainer) -> tuple[int, float]:
         """Of the model before it was divided."""
@@ -279,7 +288,7 @@ class ParallelEngine(Engine):
 
     def report(self) -> dict[str, Any]:
         """The layout, and what was done to the model."""
-        return {"ranks": self.world, "layout": str(self.layout), "changes": self._changes}
+        return {"ranks": self.world, "layout": self.layout_name, "changes": self._changes}
 
 
 def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -99,7 +99,8 @@ def _tensor(recipe: Recipe, layout: Layout) -> None:
     if getattr(model, "family", None) not in ("llama", "gpt2", "moe"):
         _refuse(where, f"of {degree} is for llama, gpt2 and moe models, and this is {getattr(model, 'family', '?')}")
     _divides(where, degree, model.heads, "heads")
-    if kv := getattr(model, "kv_heads", None):
+    kv = getattr(model, "kv_heads", None) or model.heads
+    if degree % kv:  # a multiple of them has each rank hold one of them whole
         _divides(where, degree, kv, "key and value heads")
     _divides(where, degree, model.intermediate_width, "channels of the feed-forward block (model.intermediate)")
     if recipe.parallel.tensor.sequence:
@@ -186,8 +187,8 @@ def _pipeline(recipe: Recipe, layout: Layout) -> None:
                 if share >= degree else f"take train.batch of {degree * layout.data} or more")  # fmt: skip
     if name in INTERLEAVED and not _in_rounds(count, degree):
         fitting = [m for m in range(1, share + 1) if share % m == 0 and _in_rounds(share // m, degree)]
-        _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches, which {name} cannot hand out to {degree} "
-                "ranks in equal rounds", f"take {one_of(fitting, micro)}")  # fmt: skip
+        _refuse("train.micro_batch", f"of {micro} makes {count} micro-batches, which {name} cannot hand out to "
+                f"{degree} ranks in equal rounds", f"take {one_of(fitting, micro)}")  # fmt: skip
 
 
 def _in_rounds(micro_batches: int, ranks: int) -> bool:

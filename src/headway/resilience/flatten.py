@@ -14,6 +14,7 @@ expect it.
 | tuple | ``{"$tuple": [...]}`` |
 | dict with string keys, none of which starts with ``$`` | an object, in its own order |
 | any other dict | ``{"$dict": [[key, value], ...]}`` |
+| ``ELSEWHERE`` | as a tensor, which is in the files of another process |
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ from typing import Any
 import torch
 
 from headway.core.errors import CheckpointError
+
+
+class Elsewhere:
+    """Stands for a tensor that another process has and saves."""
+
+
+ELSEWHERE = Elsewhere()
 
 _DIGITS_LIMIT = 10**600  # below every limit that sys.set_int_max_str_digits accepts
 
@@ -95,6 +103,8 @@ def _encode(value: Any, path: tuple[str, ...], tensors: _Table) -> Any:
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, str):
         return str(value) if _valid(value) else {"$str": value.encode("utf-32-le", "surrogatepass").hex()}
+    if isinstance(value, Elsewhere):
+        return {"$tensor": _key_of(path)}
     if isinstance(value, torch.Tensor):
         return {"$tensor": _add(value, path, tensors)}
     if isinstance(value, list):
@@ -123,13 +133,17 @@ def _add(tensor: torch.Tensor, path: tuple[str, ...], tensors: _Table) -> str:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "a quantized" if tensor.is_quantized else "a meta" if tensor.is_meta else f"a {tensor.layout}"
         raise _refused(path, f"is {kind} tensor", "a dense tensor that holds data")
-    name = key = ".".join(path).encode("utf-8", "backslashreplace").decode()
+    name = key = _key_of(path)
     number = 1
     while key in tensors:  # {"a.b": t} and {"a": {"b": t}} in one state
         number += 1
         key = f"{name}~{number}"
     tensors[key] = tensor.detach().resolve_conj().resolve_neg() if type(tensor) is torch.Tensor else tensor.detach()
     return key
+
+
+def _key_of(path: tuple[str, ...]) -> str:
+    return ".".join(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _valid(text: str) -> bool:

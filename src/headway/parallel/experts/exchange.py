@@ -83,7 +83,7 @@ class Link:
         nbytes = x.numel() * x.element_size()
         self.traffic.add(self.name, self.ranks[self.rank], self.ranks, [nbytes] * self.size)
         out = x.repeat(self.size, *[1] * (x.ndim - 1)) if self.fake else x.new_empty(sum(sizes), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        dist.all_gather(list(out.split(sizes)), x.contiguous(), group=self.group)  # into its parts
         return out
 
     def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:

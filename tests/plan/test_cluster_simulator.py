@@ -1,4 +1,4 @@
-"""The simulator against the formulas: bubble, stash, deadlock, messages; written-out schedules of its own.
+"""The simulator against the formulas: bubble, stash, deadlock, messages; schedules written out here, and the runtime's.
 
 Run: pytest tests/plan/test_cluster_simulator.py
 """
@@ -8,6 +8,8 @@ import random
 import pytest
 
 from headway.core.errors import HeadwayError
+from headway.parallel.pipeline.tables import schedule_table
+from headway.parallel.pipeline.trace import chrome_trace
 from headway.plan.cluster.formulas import bubble
 from headway.plan.cluster.simulator import Task, Transfer, simulate
 
@@ -119,3 +121,38 @@ def test_the_same_whatever_the_order_of_ranks():
     assert turned.seconds == pytest.approx(
         simulate(orders, seconds, lambda s: s, transfer=lambda a, b: Transfer(0.3)).seconds
     )
+
+
+def test_the_runtimes_tables_have_the_formulas_bubble_and_stash():
+    for p, m in ((2, 2), (4, 9), (8, 16)):
+        for name in ("gpipe", "1f1b"):
+            found = simulate(schedule_table(name, p, 1, m), uniform, lambda s: s)
+            assert found.bubble == pytest.approx(bubble(p, m), abs=1e-9)
+        assert found.peak_stash == [min(p - r, m) for r in range(p)]
+    generator = random.Random(1)
+    for _ in range(12):
+        p, v = generator.randint(2, 8), generator.randint(2, 4)
+        m = p * generator.randint(1, 3)
+        found = simulate(schedule_table("interleaved-1f1b", p, v, m), uniform, lambda s, p=p: s % p)
+        assert found.bubble == pytest.approx(bubble(p, m, v), abs=1e-9), (p, v, m)
+        assert found.peak_stash == [min(2 * (p - r - 1) + (v - 1) * p + 1, m * v) for r in range(p)]
+
+
+def test_zero_bubble_tables_leave_less_idle():
+    p, m = 4, 8
+
+    def seconds(task):
+        return 2.0 if task.kind == B else 1.0
+
+    folded = simulate(schedule_table("zbv-zero-bubble", p, 2, m), seconds, lambda s: min(s, 2 * p - 1 - s))
+    rounds = simulate(schedule_table("interleaved-zero-bubble", p, 2, m), seconds, lambda s: s % p)
+    plain = simulate(schedule_table("interleaved-1f1b", p, 2, m), seconds, lambda s: s % p)
+    assert folded.bubble <= rounds.bubble < plain.bubble
+    assert plain.bubble == pytest.approx(bubble(p, m, 2))
+
+
+def test_a_simulation_as_a_trace():
+    found = simulate(one_f_one_b(2, 3), uniform, lambda s: s, transfer=lambda a, b: Transfer(0.25))
+    events = [event for event in chrome_trace(found.spans())["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == 2 * 2 * 3 + 2 * 3
+    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(found.seconds * 1e6)

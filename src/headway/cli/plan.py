@@ -28,13 +28,24 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="Budget in bytes of live tensors, such as 6GiB.")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="NAME", help="Devices, such as h100x64, herex4, or a YAML file of your own."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --on: build the recipe's own layout without devices, and count.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="With --on: write the simulated step for chrome://tracing."),
+    ] = None,
     ratio: Annotated[
         float, typer.Option(help="Tokens per parameter that is no embedding; see the one-epoch card.")
     ] = 20.0,
     json: JsonFlag = False,
 ) -> None:
     """Say how big a model and how many steps spend a budget in one pass over the recipe's data; or, with --memory, how
-    to train the recipe within so many bytes.
+    to train the recipe within so many bytes; or, with --on, how to lay it out on a cluster.
 
     Nothing is trained but, for a budget in time or memory, a few steps to know what this machine does.
     """
@@ -42,9 +53,17 @@ def plan(
     from headway.core.units import count, seconds
     from headway.plan.budget import plan_recipe
 
-    if memory is not None:
-        if budget_flops is not None or budget_time is not None:
-            raise HeadwayError("--memory", "is a plan of its own", hint="ask for one budget at a time")
+    asked = [budget_flops is not None or budget_time is not None, memory is not None, on is not None]
+    if on is None and (dry_run or trace is not None):
+        raise HeadwayError("--dry-run" if dry_run else "--trace", "needs --on", hint="name the devices: --on h100x64")
+    if on is not None and sum(asked) == 1:
+        from headway.cli.plan_cluster import plan_cluster
+
+        return plan_cluster(Recipe.load(recipe, overrides or ()), on, dry_run, trace, json)
+    if memory is not None or on is not None:
+        if sum(asked) > 1:
+            raise HeadwayError("--memory" if memory is not None else "--on", "is a plan of its own",
+                               hint="ask for one thing at a time")  # fmt: skip
         return _plan_memory(Recipe.load(recipe, [*(overrides or ()), f"memory.budget={memory}"]), json)
     note("reading the data" + (" and timing some steps" if budget_time else ""))
     found = plan_recipe(

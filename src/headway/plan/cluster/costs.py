@@ -49,8 +49,6 @@ class StageCost:
     """Seconds of the rest of it."""
     kept_bytes: float
     """Activations from the forward to the backward pass."""
-    working_bytes: float
-    """What the backward pass of one block takes beside them."""
     parameters: float
     """Weights on this rank before they are divided among data ranks."""
     tensor: Traffic
@@ -87,7 +85,7 @@ def cut(layers: int, ranks: int, chunks: int, head: float, there_and_back: bool 
 
 def cuts_of(shape: Shape, choice: Choice) -> Cuts:
     """Where a choice's stages begin and end: the last gets fewer blocks where the head is costly."""
-    head = round(shape.head_flops(1) / shape.block_flops(1), 3)
+    head = shape.vocab * shape.hidden / shape.block_parameters
     folded = choice.schedule == "zbv-zero-bubble"
     return cut(shape.layers, choice.layout.pipeline, choice.chunks, head, folded)
 
@@ -143,16 +141,18 @@ def _stage(
     again = (block + talk.seconds) * choice.recompute
     boundary = stream / (t if choice.divided_stream else 1)
     parameters = blocks * shape.block_parameters + first * shape.embedding_parameters
-    if last:  # a matrix shared with the embedding is there twice
-        parameters += shape.head_parameters + (shape.vocab * shape.hidden if shape.tied and not first else 0)
+    if last:  # a matrix shared with the embedding is there twice, unless one rank has both ends
+        apart = shape.tied and choice.rank_of(choice.stages - 1) != choice.rank_of(0)
+        parameters += shape.head_parameters + apart * shape.vocab * shape.hidden
+    # The head keeps the last norm's input and output, and the gradients that it has computed with the loss.
+    ends = 3 * boundary + size * shape.vocab * shape.hidden / t
     gather, reduce = _weights(parameters / t, choice, cluster, size, reduce_bytes)
     return StageCost(
         blocks=blocks,
         forward=blocks * (block + talk.seconds) + head,
         input_grad=blocks * (block + talk.seconds + again) + head,
         weight_grad=blocks * block + head,
-        kept_bytes=blocks * (boundary if choice.recompute else kept + scores),
-        working_bytes=kept + scores if choice.recompute else stream,
+        kept_bytes=blocks * (boundary if choice.recompute else kept + scores) + (ends if last else 0),
         parameters=parameters / t,
         tensor=talk * (blocks * (3 if choice.recompute else 2)),
         gather=gather,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headway.parallel.pipeline.tables import schedule_table
 from headway.plan.cluster.choice import Choice
 from headway.plan.cluster.costs import StageCost, boundary, stage_costs
 from headway.plan.cluster.hardware import Cluster
@@ -72,20 +73,39 @@ def estimate(
 
 
 def simulated(
-    shape: Shape, choice: Choice, cluster: Cluster, batch: int, orders: Sequence[Sequence[Task]], *,
-    precision: str = "bf16", reduce_bytes: int = 4, blocks: Sequence[int] | None = None,
+    shape: Shape, choice: Choice, cluster: Cluster, batch: int, *, precision: str = "bf16", reduce_bytes: int = 4,
+    blocks: Sequence[int] | None = None,
 ) -> tuple[Estimate, Timeline]:  # fmt: skip
-    """By simulating the ranks' lists of tasks, with messages on their links."""
+    """By simulating the schedule's table, with messages on their links; arguments as for `estimate`.
+
+    Raises:
+        HeadwayError: the schedule cannot be made of these numbers.
+    """
     costs = stage_costs(shape, choice, cluster, precision, reduce_bytes, blocks)
     crossed, link = boundary(shape, choice, cluster, precision)
     sent = Transfer(crossed.seconds, crossed.bytes, link.kind)
     timeline = simulate(
-        orders, seconds_of(costs), choice.rank_of, transfer=lambda source, target: sent,
+        orders_of(choice, batch), seconds_of(costs), choice.rank_of, transfer=lambda source, target: sent,
         kept=lambda stage: costs[stage].kept_bytes, overlap=choice.overlap,
     )  # fmt: skip
     found = _finish(shape, choice, cluster, batch, precision, costs, timeline.seconds, timeline.bubble,
                     timeline.peak_stash)  # fmt: skip
     return found, timeline
+
+
+def edges(choice: Choice, rank: int) -> int:
+    """Boundaries over which a pipeline rank sends for each micro-batch, forward or backward."""
+    own = [choice.stage(rank, chunk) for chunk in range(choice.chunks)]
+    there = sum(stage < choice.stages - 1 and choice.rank_of(stage + 1) != rank for stage in own)
+    return there + sum(stage > 0 and choice.rank_of(stage - 1) != rank for stage in own)
+
+
+def orders_of(choice: Choice, batch: int) -> list[list[Task]]:
+    """By pipeline rank, what it does in a step, as the runtime's schedule has it."""
+    p, m = choice.layout.pipeline, choice.micro_batches(batch)
+    if p == 1:  # no schedule: one micro-batch after the other
+        return [[Task(kind, 0, micro) for micro in range(m) for kind in ("forward", "backward")]]
+    return schedule_table(choice.schedule, p, choice.chunks, m)
 
 
 def seconds_of(costs: Sequence[StageCost]) -> Callable[[Task], float]:
@@ -125,7 +145,6 @@ def _finish(
     seconds += held * OPTIMIZER_PASSES / cluster.device.memory_bandwidth
     each = layout.world * seconds
     crossed, _ = boundary(shape, choice, cluster, precision)
-    edges = 2 * choice.chunks if layout.pipeline > 1 else 0
     return Estimate(
         choice=choice,
         seconds=seconds,
@@ -135,7 +154,7 @@ def _finish(
         memory=tuple(rank_memory(shape, choice, costs, rank, stash[rank], precision) for rank in ranks),
         sent={
             "tensor": max(sum(cost.tensor.bytes for cost in stages) for stages in own) * m,
-            "pipeline": crossed.bytes * edges * m,
+            "pipeline": crossed.bytes * max(edges(choice, rank) for rank in ranks) * m,
             "weights": max(sum(cost.gather.bytes * m + cost.reduce.bytes * times for cost in stages) for stages in own),
         },
     )

@@ -53,28 +53,45 @@ def rank_memory(
         costs: of all stages.
         stash: bytes of activations between passes at their peak, as the schedule keeps them.
     """
-    layout, size = choice.layout, ELEMENT[precision]
     own = [costs[choice.stage(rank, chunk)] for chunk in range(choice.chunks)]
-    shards = layout.shard * layout.sequence
+    block = shape.block_parameters / choice.layout.tensor
+    shards = choice.layout.shard * choice.layout.sequence
+    parameters = sum(cost.parameters for cost in own) / shards
+    ends = max(cost.parameters - cost.blocks * block for cost in own)
+    last = any(choice.stage(rank, chunk) == choice.stages - 1 for chunk in range(choice.chunks))
+    return held(shape, choice, parameters, ends, stash, last, precision)
+
+
+def held(
+    shape: Shape, choice: Choice, parameters: float, ends: float, stash: float, last: bool, precision: str = "bf16"
+) -> RankMemory:
+    """What a rank holds at most.
+
+    Args:
+        parameters: of which it holds state: its part of those that are divided.
+        ends: weights that the embedding or the head gathers at a time.
+        stash: bytes of activations between passes.
+        last: it makes the logits.
+    """
+    layout, size = choice.layout, ELEMENT[precision]
     divided = layout.data * layout.sequence > 1
     weight, gradient, optimizer = states(precision, divided)
-    parameters = sum(cost.parameters for cost in own)
     block = shape.block_parameters / layout.tensor
-    # Two blocks are whole at a time, the one at work and the next; then the embedding or head with its gradient.
-    ends = max(cost.parameters - cost.blocks * block for cost in own)
-    gathered = (2 * block + ends) * size + max(block, ends) * size if divided else 0.0
+    # Two blocks are whole at a time, the one at work and the next, and one gradient that is not divided yet.
+    gathered = (2 * block + ends + max(block, ends)) * size if divided else 0.0
     tokens = choice.micro_batch * shape.sequence / layout.sequence
     stream = tokens * shape.hidden * size / (layout.tensor if choice.divided_stream else 1)
-    last = choice.stage(rank, choice.chunks - 1) == choice.stages - 1 or choice.stage(rank, 0) == choice.stages - 1
+    again = shape.kept_elements(tokens, layout.tensor, choice.divided_stream) * size if choice.recompute else stream
+    scores = 0 if choice.fused_attention else tokens * shape.sequence * shape.heads / layout.tensor * size
     logits = min(tokens * shape.vocab * 4 / layout.tensor, HEAD_CHUNK) if last else 0.0
     boundaries = 4 * stream if layout.pipeline > 1 else 0.0
     return RankMemory(
-        weights=parameters * weight / shards,
-        gradients=parameters * gradient / shards,
-        optimizer=parameters * optimizer / shards,
+        weights=parameters * weight,
+        gradients=parameters * gradient,
+        optimizer=parameters * optimizer,
         gathered=gathered,
         activations=stash,
-        working=max(cost.working_bytes for cost in own) + logits + boundaries,
+        working=again + scores + logits + boundaries,
     )
 
 

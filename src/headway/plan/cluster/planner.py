@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from headway.core.errors import HeadwayError
 from headway.core.recipe import Recipe
 from headway.core.units import human
 from headway.parallel.mesh import Layout
-from headway.plan.cluster.estimate import Estimate, estimate
+from headway.plan.cluster.estimate import Estimate, estimate, simulated
 from headway.plan.cluster.hardware import Cluster
 from headway.plan.cluster.layouts import choices, divisors, schedules, tensor_degrees
 from headway.plan.cluster.memory import RankMemory
@@ -18,6 +19,9 @@ from headway.plan.cluster.shape import Shape, shape_of
 
 HEADROOM = 0.06
 """Share of a device's memory that a plan leaves free: what the driver and the allocator take, and its own error."""
+
+MOST_TASKS = 40_000
+"""Forward passes in a step up to which the ranked layouts are simulated; the formulas serve for more."""
 
 
 class DoesNotFit(HeadwayError):
@@ -81,8 +85,19 @@ def plan(
     fitting = sorted((f for f in found if fits(f, cluster)), key=_order)
     if not fitting:
         raise _does_not_fit(min(found, key=lambda f: f.peak_bytes), shape, cluster)
-    return Plan(cluster, batch, shape.parameters, _distinct(fitting)[:most], len(tried),
+    simulations = (_simulate(f, shape, cluster, batch, precision) for f in _distinct(fitting))
+    ranked = list(islice((f for f in simulations if fits(f, cluster)), most))
+    if not ranked:
+        raise _does_not_fit(min(found, key=lambda f: f.peak_bytes), shape, cluster)
+    return Plan(cluster, batch, shape.parameters, sorted(ranked, key=_order), len(tried),
                 by_rules(shape, cluster, batch, precision, micro))  # fmt: skip
+
+
+def _simulate(found: Estimate, shape: Shape, cluster: Cluster, batch: int, precision: str) -> Estimate:
+    choice = found.choice
+    if choice.layout.pipeline * choice.chunks * choice.micro_batches(batch) > MOST_TASKS:
+        return found
+    return simulated(shape, choice, cluster, batch, precision=precision)[0]
 
 
 def plan_recipe_on(recipe: Recipe, cluster: Cluster, most: int = 10) -> Plan:

@@ -69,13 +69,14 @@ class Shape:
         factors and their product. Statistics of norms and attention are left out: below one per cent.
 
         Args:
-            divided: the residual stream is divided among the tensor ranks too (``tensor.sequence``).
+            divided: the residual stream is divided among the tensor ranks too (``tensor.sequence``). What was gathered
+                from it, the norms' outputs, is kept whole all the same.
         """
-        stream = 4 * self.hidden
+        stream = 2 * self.hidden / (tensor if divided else 1) + 2 * self.hidden
         inner = 2 * self.attention_width + 2 * self.kv_heads * self.head_width
         inner += (3 if self.gated else 2) * self.intermediate
         inner += self.qk_norm * (self.attention_width + self.kv_heads * self.head_width)
-        return tokens * (stream / (tensor if divided else 1) + inner / tensor)
+        return tokens * (stream + inner / tensor)
 
 
 def shape_of(config: Any, sequence: int, vocab: int | None = None) -> Shape:

@@ -9,19 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from headway.core.errors import HeadwayError
+from headway.parallel.pipeline.tables import Action
+from headway.parallel.pipeline.trace import Span
 
-Kind = Literal["forward", "backward", "input", "weight"]
-
-
-class Task(NamedTuple):
-    """One action for micro-batch ``micro`` in ``stage``; ``backward`` is ``input`` and ``weight`` in one."""
-
-    kind: Kind
-    stage: int
-    micro: int
+Task = Action
+"""What a rank does: the runtime's own record."""
 
 
 class Event(NamedTuple):
@@ -80,6 +75,12 @@ class Timeline:
         for event in self.events:
             busy[event.rank] += event.end - event.start
         return self.seconds / max(busy) - 1
+
+    def spans(self) -> list[Span]:
+        """Tasks, and beside each sender's the messages that it sends, for `chrome_trace`."""
+        tasks = [Span(event.rank, *event.task, event.start, event.end) for event in self.events]
+        return tasks + [Span(m.source, "message", m.task.stage, m.task.micro, m.start, m.end)
+                        for m in self.messages if m.end > m.start]  # fmt: skip
 
     def bytes_by_link(self) -> dict[str, float]:
         """Bytes sent over each kind of link."""
@@ -142,7 +143,7 @@ class _Run:
                     if result in self.waiting:
                         ready.append(self.waiting.pop(result))
         self._check()
-        self.timeline.peak_stash = [self._stash(order) for order in self.orders]
+        self.timeline.peak_stash = [stash(order, self.kept) for order in self.orders]
         return self.timeline
 
     def _needs(self, task: Task) -> list[Task]:
@@ -193,12 +194,14 @@ class _Run:
             what = f"rank {stuck[0]} waits to run the {kind} pass of micro-batch {micro} in stage {stage}"
             raise HeadwayError("schedule", f"never ends: {what}, and {len(stuck)} of {len(self.orders)} ranks wait")
 
-    def _stash(self, order: Sequence[Task]) -> float:
-        held = most = 0.0
-        for task in order:
-            if task.kind == "forward":
-                held += self.kept(task.stage)
-                most = max(most, held)
-            elif task.kind != "input":  # what it was kept for is done
-                held -= self.kept(task.stage)
-        return most
+
+def stash(order: Sequence[Task], kept: Callable[[int], float] = lambda stage: 1.0) -> float:
+    """The most that a rank keeps from forward for backward passes while it runs ``order``; see `simulate`."""
+    held = most = 0.0
+    for task in order:
+        if task.kind == "forward":
+            held += kept(task.stage)
+            most = max(most, held)
+        elif task.kind != "input":  # what it was kept for is done
+            held -= kept(task.stage)
+    return most

@@ -37,12 +37,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "memo": {"options": {"alpha": 0.5}, "model": {"layers": 4}},
     "fuyou": {"train": {"clip": None}},
     "global-lbl": {"model": {"family": "moe", "experts": 4, "expert_width": 32}},
+    "skip-pipeline": {"options": {"stages": 3, "path_length": 2}, "model": {"layers": 4}},
 }
 # A recipe in which the method has nothing to act on; it must be refused, or stop for having changed nothing.
 NOTHING: dict[str, dict[str, Any]] = {
     "global-lbl": {},  # a model without experts
     "length-warmup": {"options": {"first": 32}},
     "memo": {"model": {"layers": 2}},  # the last two are never swapped
+    "skip-pipeline": {"options": {"stages": 2, "path_length": 2, "swap": "none"}},  # all stages in order
 }
 
 

@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, str]] = {
         "one-epoch": "headway.plan.one_epoch.method:OneEpoch",
         "recompute": "headway.memory.recompute:Recompute",
         "sam": "headway.optim.sam:SAM",
+        "skip-pipeline": "headway.parallel.skippipe.method:SkipPipeline",
         "ssdtrain": "headway.memory.ssdtrain.method:SSDTrain",
         "streambp": "headway.memory.streambp.method:StreamBP",
         "token-accumulation": "headway.data.token_accumulation:TokenAccumulation",

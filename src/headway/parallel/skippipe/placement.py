@@ -107,7 +107,7 @@ class Placer:
             between[i, j] = between[j, i] = self._links[a, b]
         return between
 
-    def _grouped(self, genes: Sequence[int]) -> Stages:
+    def _grouped(self, genes: NDArray[np.int64]) -> Stages:
         return tuple(tuple(n for n, s in enumerate(genes) if s == stage) for stage in range(len(self.sizes)))
 
     def _crossed(self, mother: NDArray[np.int64], father: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -127,7 +127,7 @@ class Placer:
         start = current = int(self.rng.integers(stages))
         moved: list[int] = []
         for _ in range(stages):
-            gains = []
+            gains: list[tuple[float, int, int]] = []
             for node in np.flatnonzero(genes == current):
                 if int(node) in moved:
                     continue
@@ -137,9 +137,9 @@ class Placer:
                         gains.append((own - costs[node][genes == to].sum() * (self.factor - 1), int(node), to))
             if not gains:
                 break
-            _, node, to = max(gains)
-            genes[node], current = to, to
-            moved.append(node)
+            _, best, to = max(gains)
+            genes[best], current = to, to
+            moved.append(best)
             if current == start:
                 break
         if current != start:  # close the cycle, so that sizes are kept

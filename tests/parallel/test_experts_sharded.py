@@ -142,6 +142,24 @@ def test_tensor_ranks_with_their_share_of_the_tokens_hold_experts_of_their_own(r
     run_ranks(4, work)
 
 
+def test_compiled_blocks_leave_dispatch_and_experts_alone() -> None:
+    tokens = torch.randint(50, (2, 2, 10), generator=torch.Generator().manual_seed(1))
+
+    def work(rank: int) -> None:
+        mesh, models = expert_mesh(fold(2, expert=2)), (model_of(), model_of())
+        for model in models:
+            expert_parallel(model, mesh["expert"])
+        for block in models[0].blocks:
+            block.compile(backend="eager")
+        for batch in (tokens, tokens.flip(0)):  # other numbers of rows
+            for model in models:
+                loss_of(model, batch[rank]).backward()
+        for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+
+    run_ranks(2, work)
+
+
 def head_loss(model: Any, tokens: Tensor) -> Tensor:
     """As ``loss_of``, by the model's own head, which tensor parallelism replaces."""
     hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)

@@ -102,6 +102,7 @@ class AllToAll(Dispatcher):
     is the very one of `local_dispatch`.
     """
 
+    @torch.compiler.disable  # the numbers of rows are known only as it runs
     def __call__(self, rows: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """[n, D] -> [n, D]; see ``Dispatcher``."""
         keep, pad = self._keep(routing, experts.training)
@@ -160,6 +161,7 @@ class AllGather(Dispatcher):
     With fewer choices per token than expert ranks an all-to-all sends less.
     """
 
+    @torch.compiler.disable  # the numbers of rows are known only as it runs
     def __call__(self, rows: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """[n, D] -> [n, D]; see ``Dispatcher``."""
         keep, _ = self._keep(routing, experts.training)

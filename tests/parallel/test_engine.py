@@ -22,6 +22,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline, there and back": (2, {"pipeline": {"degree": 2, "chunks": 2, "schedule": "zbv-zero-bubble"}}),
     "pipeline x shard": (4, {"pipeline": 2, "shard": 2}),
     "pipeline x tensor": (4, {"pipeline": 2, "tensor": 2}),
+    "sequence": (2, {"sequence": 2}),
+    "sequence, ring": (2, {"sequence": {"degree": 2, "kind": "ring"}}),
+    "sequence, usp": (4, {"sequence": {"degree": 4, "kind": "usp", "ring": 2}}),
+    "shard x sequence": (4, {"shard": 2, "sequence": 2}),
+    "sequence x tensor": (4, {"sequence": 2, "tensor": 2}),
+    "pipeline x sequence": (4, {"pipeline": 2, "sequence": 2}),
     "interleaved x replicate": (
         4,
         {"pipeline": {"degree": 2, "chunks": 2, "schedule": "interleaved-1f1b"}, "replicate": 2},

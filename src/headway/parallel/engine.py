@@ -25,14 +25,15 @@ from headway.core.engine import Engine
 from headway.core.method import ForwardBackward, Gradients, Loss
 from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer
-from headway.core.workload import Workload
+from headway.core.workload import StepBatch, Workload
 from headway.models.structure import structure
 from headway.parallel.clip import clip_divided_
-from headway.parallel.legality import check_layout, micro_batch
+from headway.parallel.legality import SCAN_KINDS, check_layout, micro_batch, sequence_kind
 from headway.parallel.mesh import Mesh, settle
+from headway.parallel.sequence.stream import SharedSequences
 from headway.parallel.shard import reshard, shard_weights
 from headway.parallel.start import join_ranks, local_rank
-from headway.parallel.states import tensors_of, with_others, without
+from headway.parallel.states import make_optimizer_state, tensors_of, with_others, without
 from headway.resilience.folders import checkpoints
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 SHARED = "embedding.weight"
 """The matrix that embedding and head may share."""
+EXPERTS = ("blocks.*.mlp.experts",)
+"""What tensor parallelism leaves to expert parallelism."""
 
 
 class ParallelEngine(Engine):
@@ -64,7 +67,7 @@ class ParallelEngine(Engine):
         self._speaks = at["tensor"] == at["pipeline"] == 0  # for the ranks that find the same losses
         self._size = (0, 0.0)
         self._changes: list[str] = []
-        self._tied = False
+        self._tied = self._restart = False
         self._cuts: Cuts | None = None
         self._stages: list[Stage] = []
         self._runner: PipelineRunner | None = None
@@ -73,9 +76,13 @@ class ParallelEngine(Engine):
     def mesh(self) -> Mesh:
         """The process groups of the layout."""
         if self._made is None:
-            kind = "cuda" if torch.cuda.is_available() and self.recipe.train.device != "cpu" else "cpu"
-            self._made = Mesh(self.layout, self.rank, kind)
+            self._made = Mesh(self.layout, self.rank, self.device_type)
         return self._made
+
+    @property
+    def device_type(self) -> str:
+        """Where the model is: ``cpu`` or ``cuda``."""
+        return "cuda" if torch.cuda.is_available() and self.recipe.train.device != "cpu" else "cpu"
 
     @property
     def share(self) -> int:
@@ -102,16 +109,65 @@ class ParallelEngine(Engine):
         """Keep this rank's part of the model and teach it to talk to the others'."""
         self._size = sum(p.numel() for p in model.parameters()), workload.flops_per_token(model)
         layout, options = self.layout, self.recipe.parallel
-        if layout.tensor > 1:
-            from headway.parallel.tensor import tensor_parallel
-
-            self._changes += tensor_parallel(model, self.mesh["tensor"], sequence=options.tensor.sequence)
         if layout.pipeline > 1:
             from headway.parallel.pipeline import keep_own_parts
 
             self._tied = structure(model).tied
             self._changes += keep_own_parts(model, self.cuts(model), self.mesh.at["pipeline"])
+        if layout.tensor > 1:
+            from headway.parallel.tensor import tensor_parallel
+
+            apart = EXPERTS if self._experts else ()
+            self._changes += tensor_parallel(model, self.mesh["tensor"], sequence=options.tensor.sequence, apart=apart)
+        if self._experts:
+            from headway.parallel.experts.parallel import expert_parallel
+
+            meshes = self._experts["expert"], self._experts["expert_tensor"]
+            self._changes += expert_parallel(model, *meshes, dispatcher=options.experts.dispatcher)
+        if layout.sequence > 1:
+            self._changes += self._share_sequences(model)
         return model
+
+    def _share_sequences(self, model: nn.Module) -> list[str]:
+        from headway.parallel.sequence.apply import restarts_positions, sequence_parallel
+        from headway.parallel.sequence.linear import scan_parallel
+
+        options, kind, mesh = self.recipe.parallel.sequence, sequence_kind(self.recipe), self.mesh["sequence"]
+        self._restart = restarts_positions(model)
+        if kind in SCAN_KINDS:
+            return scan_parallel(model, mesh, method=kind, blocks=options.blocks)
+        return sequence_parallel(model, mesh, kind=kind, ring=options.ring, layout=options.layout)
+
+    def stream(self, stream: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        """The rank's part of each sequence."""
+        return SharedSequences(stream, self._part) if self.layout.sequence > 1 else stream
+
+    def _part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        from headway.parallel.sequence.batch import shard_batch
+
+        options = self.recipe.parallel.sequence
+        return shard_batch(batch, self.mesh.at["sequence"], self.layout.sequence, kind=sequence_kind(self.recipe),
+                           ring=options.ring, layout=options.layout, restart=self._restart)  # fmt: skip
+
+    @cached_property
+    def _experts(self) -> Any:
+        """The experts' own mesh; None where every rank has all of them."""
+        layout = self.layout
+        if layout.expert * layout.expert_tensor == 1:
+            return None
+        from headway.parallel.experts.grids import fold
+        from headway.parallel.experts.parallel import expert_mesh
+
+        grids = fold(
+            layout.world,
+            pipeline=layout.pipeline,
+            sequence=layout.sequence,
+            tensor=layout.tensor,
+            expert=layout.expert,
+            expert_tensor=layout.expert_tensor,
+            tensor_sequence=self.recipe.parallel.tensor.sequence,
+        )
+        return expert_mesh(grids, self.device_type)
 
     def cuts(self, model: Any) -> Cuts:
         """Where the blocks are cut: embedding and head count by their work beside a block's."""
@@ -137,11 +193,14 @@ class ParallelEngine(Engine):
             self._stages = make_stages(model, self.cuts(model), self.mesh.at["pipeline"])
         if self._sharded:
             parts: list[nn.Module] = [*self._stages] or [model]
-            self._changes += shard_weights(model, parts, self.mesh.weights(), self.recipe.train.precision)
+            experts = self._experts and self._experts["expert_data"]
+            self._changes += shard_weights(model, parts, self.mesh.weights(), self.recipe.train.precision, experts)
 
     @property
     def _sharded(self) -> bool:
-        return self.layout.data * self.layout.sequence > 1
+        layout = self.layout
+        stage, apart = layout.world // layout.pipeline, layout.expert * layout.expert_tensor
+        return layout.data * layout.sequence > 1 or (apart > 1 and stage > apart)
 
     def weights_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """FSDP2 keeps fp32 weights, divided, and casts them as it gathers them."""
@@ -204,7 +263,8 @@ class ParallelEngine(Engine):
         return self._runner
 
     def evaluate(self, model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> float:
-        """As one process does."""
+        """As one process does, on this rank's part of the sequences."""
+        batch = self._part(batch) if self.layout.sequence > 1 else batch
         if self._stages:
             kept = self._stages[-1].loss
             self._stages[-1].loss = loss
@@ -263,7 +323,7 @@ class ParallelEngine(Engine):
         folder = getattr(trainer.checkpointer, "folder", None)
         if not self.common(folder is not None and bool(checkpoints(folder))):
             return None
-        _make_optimizer_state(trainer.optimizer)
+        make_optimizer_state(trainer.optimizer)
         state = trainer.state_dict()
         loaded: Any = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
         own = {key: {name: loaded[key][name] for name in state[key]} for key in ("model", "optimizer")}
@@ -289,16 +349,3 @@ class ParallelEngine(Engine):
     def report(self) -> dict[str, Any]:
         """The layout, and what was done to the model."""
         return {"ranks": self.world, "layout": self.layout_name, "changes": self._changes}
-
-
-def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its state, so that a checkpoint can be read into it: a step of no length."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    getattr(optimizer, "inner", optimizer).step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

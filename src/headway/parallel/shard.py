@@ -11,12 +11,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from headway.core.surgery import Absent
+from headway.models.moe import moe_layers
 from headway.models.structure import structure
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
 
 
-def shard_weights(model: nn.Module, parts: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "fp32") -> list[str]:
+def shard_weights(
+    model: nn.Module,
+    parts: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    precision: str = "fp32",
+    experts: DeviceMesh | None = None,
+) -> list[str]:
     """Divide the weights of a model of Headway or transformers over ``mesh``, block by block, in place.
 
     Gradients are summed over the mesh, not averaged: each rank's loss is its part of the whole step's.
@@ -24,6 +31,7 @@ def shard_weights(model: nn.Module, parts: Sequence[nn.Module], mesh: DeviceMesh
     Args:
         parts: what runs as a whole: the model itself, or its pipeline stages on this rank.
         mesh: one dimension, or (replicas, shards).
+        experts: the ranks that hold the same experts, where others hold others.
         precision: of the products; weights and the sums of gradients stay fp32.
 
     Returns:
@@ -34,6 +42,9 @@ def shard_weights(model: nn.Module, parts: Sequence[nn.Module], mesh: DeviceMesh
     dtype = DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = [block for block in structure(model).blocks if not isinstance(block, Absent)]
+    if experts is not None:
+        for layer in moe_layers(model):
+            fully_shard(layer.experts, mesh=experts, mp_policy=policy)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for part in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headway.resilience.flatten import ELSEWHERE
@@ -36,3 +37,16 @@ def with_others(state: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]
         else:
             merged[key] = with_others(merged.get(key, {}), inner)
     return merged
+
+
+def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state, so that a checkpoint can be read into it: a step of no length."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    getattr(optimizer, "inner", optimizer).step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -85,7 +85,9 @@ class PipelineRunner:
             raise HeadwayError("train.batch", f"gives a pipeline {rows} sequences, and it is made for {self._rows}")
         self._targets = targets
         losses: list[Tensor] = []
-        given = {key: value for key, value in batch.items() if key != "tokens"}
+        # Everything is divided by rows, positions that all rows have in common too.
+        given = {key: value.expand(rows, -1) if value.dim() == 1 else value
+                 for key, value in batch.items() if key != "tokens"}  # fmt: skip
         inputs = (batch["tokens"],) if 0 in (stage.index for stage in self.stages) else ()
         at_end = self.stages[-1].last
         self._schedule.step(

@@ -58,6 +58,7 @@ TABLE: dict[str, dict[str, str]] = {
         "fuyou": "headway.experiments.fuyou:experiment",
         "global-lbl": "headway.experiments.global_lbl:experiment",
         "deep-optimizer-states": "headway.experiments.deep_optimizer_states:experiment",
+        "megatron-ptdp": "headway.experiments.megatron_ptdp:experiment",
         "memo": "headway.experiments.memo:experiment",
         "moe-folding": "headway.experiments.moe_folding:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",

@@ -6,7 +6,7 @@ from headway.core.recipe import Recipe, merge
 
 BASE: dict[str, Any] = {
     "name": "ranks",
-    "model": {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "context": 64},
+    "model": {"family": "llama", "hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "context": 64},
     "data": {"source": "python-stdlib", "tokenizer": "byte", "sequence": 32, "validation_fraction": 0.02},
     "train": {"steps": 3, "batch": 4, "precision": "fp64"},
     "optimizer": {"lr": 1e-2},

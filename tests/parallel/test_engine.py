@@ -72,3 +72,29 @@ def test_methods_do_on_many_ranks_what_they_do_on_one(name: str, layout: str) ->
 def test_half_precision_is_near() -> None:
     found = parity(recipe(parallel={"shard": 2, "tensor": 2}, train={"precision": "bf16"}), 4, steps=2)
     assert 0 < found.loss_difference < 2e-3, found
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "experts": ({"family": "moe"}, 2, {"shard": 2, "experts": 2}),
+    "experts, gathered": ({"family": "moe"}, 2, {"shard": 2, "experts": {"degree": 2, "dispatcher": "all-gather"}}),
+    "experts over tensor ranks": ({"family": "moe"}, 2, {"tensor": 2, "experts": 2}),
+    "experts over shards and sequences": ({"family": "moe"}, 4, {"shard": 2, "sequence": 2, "experts": 4}),
+    "experts cut, over shards and tensor ranks": (
+        {"family": "moe"}, 4, {"shard": 2, "tensor": 2, "experts": {"degree": 2, "tensor": 2}}),
+    "experts in a pipeline": ({"family": "moe"}, 4, {"pipeline": 2, "shard": 2, "experts": 2}),
+    "half of the ranks hold the same experts": ({"family": "moe"}, 4, {"replicate": 2, "shard": 2, "experts": 2}),
+    "all-scan": ({"family": "gla"}, 4, {"sequence": 4}),
+    "lasp2": ({"family": "gla"}, 2, {"sequence": {"degree": 2, "kind": "lasp2"}}),
+    "all-scan in a pipeline": ({"family": "gla"}, 4, {"pipeline": 2, "sequence": 2}),
+    "gpt2": ({"family": "gpt2"}, 4, {"tensor": 2, "sequence": 2}),
+    "gpt2 in a pipeline": ({"family": "gpt2"}, 4, {"pipeline": 2, "shard": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_too(name: str) -> None:
+    model, ranks, layout = FAMILIES[name]
+    more = {"moe": {"experts": 4, "top_k": 2, "kv_heads": 2}}.get(model["family"], {})
+    base = {"hidden": 32, "layers": 4, "heads": 4, "context": 64}
+    found = parity(recipe(parallel=layout, model={**base, **model, **more}, data={"mask_documents": True}), ranks)
+    assert found.loss_difference < 1e-9 and found.gradient_difference < 1e-9, found

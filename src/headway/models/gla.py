@@ -66,14 +66,27 @@ class GLA(nn.Module):
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache exclude each other: a cache holds one document per row")
         x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
-        shared: dict[str, Any] = {"rope": None, "segments": segments, "cache": cache}
+        given: dict[str, Any] = {"positions": positions, "segments": segments, "cache": cache}
+        return x, self.beside(tokens.shape[1], x.device, x.dtype, **given)
+
+    def beside(
+        self,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: RecurrentCache | None = None,
+    ) -> dict[str, Any]:
+        """What every block gets beside the residual stream of ``length`` new tokens."""
+        rope = None
         if self.rope is not None:
             start = 0 if cache is None else cache.length
-            end = start + tokens.shape[1]
             if positions is None:
-                positions = torch.arange(start, end, device=tokens.device)  # [T]
-            shared["rope"] = self.rope(positions, end, x.dtype)
-        return x, shared
+                positions = torch.arange(start, start + length, device=device)  # [T]
+            rope = self.rope(positions, start + length, dtype)
+        return {"rope": rope, "segments": segments, "cache": cache}
 
     def hidden(
         self,

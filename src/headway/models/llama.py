@@ -85,7 +85,7 @@ class Llama(nn.Module):
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache exclude each other: a cache holds one document per row")
         x = self.drop(self.embedding(tokens), self.config.dropout, self.training)  # [B, T, D]
-        given = {"positions": positions, "segments": segments, "cache": cache}
+        given: dict[str, Any] = {"positions": positions, "segments": segments, "cache": cache}
         return x, self.beside(tokens.shape[1], x.device, x.dtype, **given)
 
     def beside(

@@ -16,7 +16,7 @@ from headway.core.method import Card, ForwardBackward, Method
 from headway.core.options import Options
 from headway.core.recipe import Recipe
 from headway.core.workload import StepBatch
-from headway.parallel.skippipe.cluster import Schedule, ScheduleError
+from headway.parallel.skippipe.cluster import Schedule, ScheduleError, visits
 from headway.parallel.skippipe.links import regions_cluster
 from headway.parallel.skippipe.orders import Order, check_visited, draw_orders, legal_orders
 from headway.parallel.skippipe.scheduler import skip_paths
@@ -140,6 +140,9 @@ class SkipPipeline(Method):
             planned = list(self._planned(micro_batches))
             if o.resample == "every-step":
                 rng.shuffle(planned)
+            elif len(planned) > micro_batches:  # the first run of them that misses no stage
+                turns = [planned[turn:] + planned[:turn] for turn in range(len(planned))]
+                planned = min(turns, key=lambda p: min(visits(p[:micro_batches], o.stages)) == 0)
             drawn = tuple(planned[i % len(planned)] for i in range(micro_batches))
         else:
             drawn = draw_orders(micro_batches, o.stages, o.path_length, self.swaps, rng, o.scheduler == "random")
@@ -152,10 +155,11 @@ class SkipPipeline(Method):
         if self.schedule_used is None:
             o = self.options
             data = math.ceil(micro_batches / MEMORY)
+            memory = max(math.ceil(micro_batches / data), math.ceil((o.stages - 1) / (o.path_length - 1) / data))
             each = math.ceil(data * (o.path_length - 1) / (o.stages - 1))
             replicas = [data] + [each] * (o.stages - 1)
-            cluster = regions_cluster(sum(replicas), memory=MEMORY)
-            self.schedule_used = skip_paths(cluster, replicas, o.path_length, micro_batches=2 * data * MEMORY,
+            cluster = regions_cluster(sum(replicas), memory=memory)
+            self.schedule_used = skip_paths(cluster, replicas, o.path_length, micro_batches=2 * data * memory,
                                             swaps=self.swaps, seed=self.recipe.seed, budget=BUDGET)  # fmt: skip
         return self.schedule_used.orders()
 

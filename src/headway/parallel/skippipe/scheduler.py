@@ -95,6 +95,9 @@ def _check(cluster: Cluster, replicas: Sequence[int], length: int, arm: str) -> 
         raise ScheduleError("replicas", f"have room for {have} visits of stages after the first, and "
                             f"{replicas[0] * cluster.memory} paths of {length} make {need}",
                             hint="fewer data nodes, shorter paths or more replicas")  # fmt: skip
+    if arm != "full" and need < stages - 1:
+        raise ScheduleError("path_length", f"of {length} on {replicas[0] * cluster.memory} paths makes {need} visits of "
+                            f"{stages - 1} stages: some would learn nothing", hint="make paths longer")  # fmt: skip
 
 
 def _paths(

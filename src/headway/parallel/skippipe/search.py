@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ class ConflictSearch:
                 break
             key, _, forbidden, routes = heapq.heappop(heap)
             if self.budget.exhaustive:
-                self.bound = max(self.bound, min(key, max(r.seconds for r in routes)))
+                self.bound = max(self.bound, key)  # what is open is no better
                 if self.best is not None and self.best.planned <= self.bound:
                     break
             self.nodes += 1
@@ -134,8 +135,11 @@ class ConflictSearch:
                 continue
             for child in self._children(conflict, forbidden, routes):
                 heapq.heappush(heap, (self._key(child[1]), next(counter), *child))
-        return replace(self.best, bound=self.bound, complete=complete, solutions=self.solutions,
-                       nodes=self.nodes) if self.best else None  # fmt: skip
+        if self.best is None:
+            return None
+        done = complete and self.budget.exhaustive
+        bound = self.best.planned if done else min(self.bound, self.best.planned)
+        return replace(self.best, bound=bound, complete=complete, solutions=self.solutions, nodes=self.nodes)
 
     def _spent(self, began: float) -> bool:
         budget = self.budget
@@ -161,19 +165,26 @@ class ConflictSearch:
         return stages, nodes
 
     def _quota(self, stage: int) -> int:
-        return len(self.finder.stages[stage]) * self.rules.memory
+        """A stage's share of the visits by its replicas, so that all learn alike; never more than they hold."""
+        replicas = len(self.finder.stages[stage])
+        visits = len(self.agents) * (self.rules.length - 1)
+        share = math.ceil(visits * replicas / sum(len(nodes) for nodes in self.finder.stages[1:]))
+        return min(replicas * self.rules.memory, share)
 
     def _too_many(self, routes: Sequence[Route]) -> int:
         stages, nodes = self._counts(routes)
-        over = sum(max(0, len(a) - self._quota(s)) for s, a in stages.items())
+        over = sum(max(0, len(a) - self._quota(s)) for s, a in stages.items() if s)
         return 10 * over + sum(max(0, len(a) - self.rules.memory) for a in nodes.values())
 
     def _hard(self, routes: Sequence[Route]) -> Conflict | None:
-        """The first stage over its quota, then the first node over its memory."""
+        """The first stage over its quota, or without a visit, then the first node over its memory."""
         stages, nodes = self._counts(routes)
         for stage, agents in sorted(stages.items()):
             if stage and (over := len(agents) - self._quota(stage)) > 0:
                 return Conflict("stage", stage, tuple(agents), over)
+        if len(stages) < len(self.finder.stages):  # a stage without visits: the most visited one gives one up
+            stage = max((s for s in stages if s), key=lambda s: (len(stages[s]), s))
+            return Conflict("stage", stage, tuple(stages[stage]))
         for node, agents in sorted(nodes.items()):
             if (over := len(agents) - self.rules.memory) > 0:
                 return Conflict("node", node, tuple(agents), over)

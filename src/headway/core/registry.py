@@ -63,6 +63,7 @@ TABLE: dict[str, dict[str, str]] = {
         "moe-folding": "headway.experiments.moe_folding:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",
         "streambp": "headway.experiments.streambp:experiment",
+        "ulysses": "headway.experiments.ulysses:experiment",
         "zeco": "headway.experiments.zeco:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",
         "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",

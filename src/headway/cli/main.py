@@ -14,6 +14,7 @@ from headway.cli import (
     generate,
     import_hf,
     methods,
+    parity,
     plan,
     profile,
     recipe,
@@ -47,6 +48,7 @@ app.command()(compare.compare)
 app.command()(reproduce.reproduce)
 app.command()(methods.methods)
 app.command()(plan.plan)
+app.command()(parity.parity)
 app.command()(profile.profile)
 app.command()(generate.generate)
 app.command()(report.report)

@@ -42,21 +42,42 @@ class Parity:
                 "gradients": self.gradients, "changes": self.changes}  # fmt: skip
 
 
-def parity(recipe: Recipe, ranks: int, steps: int = 3) -> Parity:
+@dataclass(frozen=True)
+class Control:
+    """What one process finds, with which layouts are compared."""
+
+    losses: list[float]
+    """Of each step, then of the evaluation after them."""
+    gradients: dict[str, Tensor]
+    """Of the first step, by parameter."""
+
+
+def one_process(recipe: Recipe, steps: int = 3) -> Control:
+    """Train ``steps`` steps of the recipe in one process, whatever its ``parallel`` section says.
+
+    Raises:
+        HeadwayError: the recipe cannot be run.
+    """
+    losses, gradients, _, _ = run_ranks(1, _train, recipe.override("parallel=null"), steps)[0]
+    return Control(losses, gradients)
+
+
+def parity(recipe: Recipe, ranks: int, steps: int = 3, control: Control | None = None) -> Parity:
     """Train ``steps`` steps in one process and on ``ranks`` forked here, from the same weights on the same data.
 
     Args:
         recipe: with the ``parallel`` section that is to be checked; ``train.precision=fp64`` shows faults that fp32's
             rounding hides.
+        control: what one process finds in as many steps, where it is known already.
 
     Raises:
         HeadwayError: the recipe cannot be run or laid out so; a rank failed.
     """
-    alone, expected, _, _ = run_ranks(1, _train, recipe.override("parallel=null"), steps)[0]
+    alone = control or one_process(recipe, steps)
     losses, gradients, layout, changes = run_ranks(ranks, _train, recipe, steps)[0]
-    largest = max(float(g.abs().max()) for g in expected.values())
-    differences = {name: float((gradients[name] - g).abs().max()) / largest for name, g in expected.items()}
-    return Parity(layout, ranks, list(zip(alone, losses, strict=True)), differences, changes)
+    largest = max(float(g.abs().max()) for g in alone.gradients.values())
+    differences = {name: float((gradients[name] - g).abs().max()) / largest for name, g in alone.gradients.items()}
+    return Parity(layout, ranks, list(zip(alone.losses, losses, strict=True)), differences, changes)
 
 
 def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor], str, list[str]]:

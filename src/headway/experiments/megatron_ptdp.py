@@ -6,6 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from headway.core.meters import synchronize
@@ -117,12 +118,13 @@ def _interleaving(context: Context, reach: Reach) -> dict[str, Measurement]:
 
 
 def _padded(context: Context) -> dict[str, Measurement]:
-    sleep = 0.01 if context.quick else 0.02
+    sleep = 0.01 if context.quick else 0.03
     counts = COUNTS[::2] if context.quick else COUNTS
 
     def measured() -> dict[str, float]:
         times = step_seconds(SCHEDULES, counts, sleep, 2 * sleep, 1 if context.quick else 3)
-        return {f"{v} {m}": sorted(taken)[len(taken) // 2] for (v, m), taken in times.items()}
+        # The fastest repeat: what a busy machine adds is never negative.
+        return {f"{v} {m}": min(taken) for (v, m), taken in times.items()}
 
     found = context.keep(f"padded {context.quick}", measured)
     each = 2 * 3 * sleep  # a rank has two blocks
@@ -133,8 +135,8 @@ def _padded(context: Context) -> dict[str, Measurement]:
     for name, m in (("padded_ratio_few", few), ("padded_ratio_many", many)):
         results[name] = Measurement(found[f"2 {m}"] / found[f"1 {m}"], note=f"{m} micro-batches")
     for v in (1, 2):
-        slope = (found[f"{v} {many}"] - found[f"{v} {few}"]) / (many - few)
-        results[f"padded_bubble_{v}"] = Measurement((found[f"{v} {few}"] - slope * few) / slope)
+        slope, intercept = np.polyfit(counts, [found[f"{v} {m}"] for m in counts], 1)
+        results[f"padded_bubble_{v}"] = Measurement(float(intercept / slope))
     return results
 
 
@@ -269,7 +271,7 @@ experiment = Experiment(
                     title="interleaved / 1F1B, most micro-batches"),
         Expectation("padded_bubble_1", "p - 1 = 1", between(0.85, 1.15), only="full",
                     title="1F1B's bubble, in micro-batches"),
-        Expectation("padded_bubble_2", "(p - 1) / v = 0.5", between(0.35, 0.65), only="full",
+        Expectation("padded_bubble_2", "(p - 1) / v = 0.5", between(0.425, 0.575), only="full",
                     title="interleaved 1F1B's bubble, in micro-batches"),
         Expectation("micro_batch_agrees", "takeaway 3", at_least(1.0),
                     title="chosen micro-batch is the best of all tried, share of pipelines"),

@@ -30,7 +30,7 @@ from headway.parallel.sequence.ring import ring_attention
 from headway.parallel.sequence.ulysses import ulysses_attention
 from headway.parallel.sequence.usp import usp_attention, usp_links
 
-KINDS = ("ulysses", "ring", "usp")
+KINDS: tuple[SpKind, ...] = ("ulysses", "ring", "usp")
 HEADS = ((8, 8), (8, 2), (8, 1), (5, 5), (12, 3))
 """Query and key heads: all their own, grouped, one for all, and two that four ranks cannot divide."""
 TOKENS = 48
@@ -53,7 +53,7 @@ def _attend(kind: str, world: int) -> Callable[..., Tensor]:
 
 def _errors(rank: int, world: int) -> dict[str, float]:
     """Largest error of outputs and gradients on this rank, fp64, by kind and heads, over masks."""
-    worst = {}
+    worst: dict[str, float] = {}
     for kind in KINDS:
         attend, own = _attend(kind, world), own_positions(TOKENS, rank, world, kind, 2)
         for heads, kv_heads in HEADS:
@@ -75,10 +75,8 @@ def _errors(rank: int, world: int) -> dict[str, float]:
 def _exactness() -> dict[str, float]:
     found: dict[str, float] = {}
     for world in (2, 4):
-        for part in run_ranks(world, _errors, world):
-            found = {key: max(value, found.get(key, 0.0)) for key, value in part.items()} | {
-                key: value for key, value in found.items() if key not in part
-            }
+        ranks = run_ranks(world, _errors, world)
+        found |= {key: max(part[key] for part in ranks) for key in ranks[0]}
     return found
 
 
@@ -126,7 +124,7 @@ def _bytes(per_rank: int) -> dict[str, list[float]]:
             counted = [sum(sent.values()) for sent in run_ranks(world, _sent, world, kind, per_rank * world)]
             formula = [
                 estimate_sp_bytes(kind, tokens=per_rank * world, degree=world, heads=8, kv_heads=4, head_dim=8,
-                                  itemsize=4, ring=2, rank=rank).total  # type: ignore[arg-type]
+                                  itemsize=4, ring=2, rank=rank).total
                 for rank in range(world)
             ]  # fmt: skip
             found.setdefault(f"{kind} ratio", []).extend(a / b for a, b in zip(counted, formula, strict=True))

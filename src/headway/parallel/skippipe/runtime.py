@@ -93,7 +93,8 @@ class PartialPipeline:
         nodes = sorted(node for stage in schedule.stages for node in stage)
         self.everybody = dist.new_group(nodes, use_local_synchronization=True)
         replicas = sorted(schedule.stages[self.stage])
-        self.replicas = dist.new_group(replicas, use_local_synchronization=True) if len(replicas) > 1 else None
+        # A group of one too: torch names a group by how many each of its ranks has made before.
+        self.replicas = dist.new_group(replicas, use_local_synchronization=True)
 
     def lose(self, node: int, cluster: Cluster | None = None) -> Schedule:
         """Go on without ``node``: called by every rank that is left, between two steps.
@@ -176,7 +177,7 @@ class PartialPipeline:
         return tasks
 
     def _sum_replicas(self) -> None:
-        if self.replicas is None:
+        if len(self.schedule.stages[self.stage]) == 1:
             return
         for parameter in self.parameters():
             if parameter.grad is None:  # none of its micro-batches came here

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -11,11 +11,11 @@ import numpy as np
 from headway.parallel.skippipe.cluster import Cluster, Path, Rules, Schedule, ScheduleError, Stages
 from headway.parallel.skippipe.paths import PathFinder, Route
 from headway.parallel.skippipe.placement import Placer
-from headway.parallel.skippipe.search import Budget, ConflictSearch, Found
+from headway.parallel.skippipe.search import BRANCHES, Budget, ConflictSearch, Found
 from headway.parallel.skippipe.simulator import rounds, simulate
 
 Arm = Literal["cbs", "no-tc2", "random", "full"]
-RETRIES = 8
+RETRIES, MORE_BRANCHES = 8, 30
 
 
 def skip_paths(
@@ -96,12 +96,18 @@ def _check(cluster: Cluster, replicas: Sequence[int], length: int, arm: str) -> 
                             f"{replicas[0] * cluster.memory} paths of {length} make {need}",
                             hint="fewer data nodes, shorter paths or more replicas")  # fmt: skip
     if arm != "full" and need < stages - 1:
-        raise ScheduleError("path_length", f"of {length} on {replicas[0] * cluster.memory} paths makes {need} visits of "
-                            f"{stages - 1} stages: some would learn nothing", hint="make paths longer")  # fmt: skip
+        raise ScheduleError("path_length", f"of {length} on {replicas[0] * cluster.memory} paths makes {need} visits "
+                            f"to {stages - 1} stages: some would learn nothing", hint="make paths longer")  # fmt: skip
 
 
 def _paths(
-    cluster: Cluster, stages: Stages, rules: Rules, budget: Budget | None, arm: Arm, seed: int, value: object
+    cluster: Cluster,
+    stages: Stages,
+    rules: Rules,
+    budget: Budget | None,
+    arm: Arm,
+    seed: int,
+    value: Callable[[Sequence[Route]], float] | None,
 ) -> Found | None:
     seen = cluster
     if arm == "random":  # all links and nodes alike, but for a grain that breaks ties
@@ -110,4 +116,7 @@ def _paths(
     finder = PathFinder(seen, stages, rules)
     agents = [(node, k * float(seen.compute[node])) for node in stages[0] for k in range(cluster.memory)]
     times = value is not None
-    return ConflictSearch(finder, agents, rules, times, value, budget).run()  # type: ignore[arg-type]
+    found = None
+    for branches in (BRANCHES, MORE_BRANCHES):  # few ways out may all be dead ends
+        found = found or ConflictSearch(finder, agents, rules, times, value, budget, branches).run()
+    return found

@@ -97,10 +97,12 @@ class ConflictSearch:
         times: bool,
         value: Callable[[Sequence[Route]], float] | None = None,
         budget: Budget | None = None,
+        branches: int = BRANCHES,
     ) -> None:
         self.finder, self.agents, self.rules, self.times = finder, list(agents), rules, times
         self.value = value or (lambda routes: max(route.seconds for route in routes))
-        self.budget = budget or Budget()
+        self.budget, self.branches = budget or Budget(), branches
+        self.quotas = self._shares()
         self.seen: set[tuple[Forbidden, ...]] = set()
         self.best: Found | None = None
         self.solutions = self.nodes = 0
@@ -144,7 +146,7 @@ class ConflictSearch:
     def _spent(self, began: float) -> bool:
         budget = self.budget
         if self.best is None:  # the first solution is worth more time
-            return self.nodes >= 10 * budget.nodes or time.process_time() - began > 4 * budget.seconds
+            return self.nodes >= max(1000, 10 * budget.nodes) or time.process_time() - began > 4 * budget.seconds
         return self.nodes >= self.best.nodes + budget.nodes or time.process_time() - began > budget.seconds
 
     def _routes(self, forbidden: Sequence[Forbidden]) -> tuple[Route, ...] | None:
@@ -164,23 +166,30 @@ class ConflictSearch:
                 stages.setdefault(self.finder.stage_of[node], []).append(agent)
         return stages, nodes
 
-    def _quota(self, stage: int) -> int:
-        """A stage's share of the visits by its replicas, so that all learn alike; never more than they hold."""
-        replicas = len(self.finder.stages[stage])
-        visits = len(self.agents) * (self.rules.length - 1)
-        share = math.ceil(visits * replicas / sum(len(nodes) for nodes in self.finder.stages[1:]))
-        return min(replicas * self.rules.memory, share)
+    def _shares(self) -> list[int]:
+        """Quotas: each stage has its replicas' share of the visits, so that all learn alike; at most what it holds, and
+        one visit of every micro-batch."""
+        replicas = [len(nodes) for nodes in self.finder.stages]
+        caps = [min(len(self.agents), r * self.rules.memory) for r in replicas]
+        given = [0] * len(replicas)
+        for _ in range(len(self.agents) * (self.rules.length - 1)):
+            open_ = [s for s in range(1, len(caps)) if given[s] < caps[s]]
+            if open_:
+                stage = min(open_, key=lambda s: given[s] / replicas[s])
+                given[stage] += 1
+        level = max(g / r for g, r in zip(given, replicas))
+        return [caps[0], *(min(cap, math.ceil(level * r)) for cap, r in zip(caps[1:], replicas[1:]))]
 
     def _too_many(self, routes: Sequence[Route]) -> int:
         stages, nodes = self._counts(routes)
-        over = sum(max(0, len(a) - self._quota(s)) for s, a in stages.items() if s)
+        over = sum(max(0, len(a) - self.quotas[s]) for s, a in stages.items() if s)
         return 10 * over + sum(max(0, len(a) - self.rules.memory) for a in nodes.values())
 
     def _hard(self, routes: Sequence[Route]) -> Conflict | None:
         """The first stage over its quota, or without a visit, then the first node over its memory."""
         stages, nodes = self._counts(routes)
         for stage, agents in sorted(stages.items()):
-            if stage and (over := len(agents) - self._quota(stage)) > 0:
+            if stage and (over := len(agents) - self.quotas[stage]) > 0:
                 return Conflict("stage", stage, tuple(agents), over)
         if len(stages) < len(self.finder.stages):  # a stage without visits: the most visited one gives one up
             stage = max((s for s in stages if s), key=lambda s: (len(stages[s]), s))
@@ -221,7 +230,7 @@ class ConflictSearch:
             if tuple(rules) not in self.seen:
                 self.seen.add(tuple(rules))
                 found.append((tuple(rules), tuple(changed)))
-            if len(found) >= BRANCHES and not exhaustive:
+            if len(found) >= self.branches and not exhaustive:
                 break
         return found
 

@@ -121,3 +121,22 @@ def test_torchrun_starts_it_as_well(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     assert result["parallel"]["ranks"] == 2 and result["steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_the_same_on_one_two_and_four_ranks(tmp_path: Path) -> None:
+    """Four ranks share its batch of two: two of them each sequence. In fp32, to compare more than bf16's digits."""
+    path = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    changes = ["train.time=", "train.steps=3", "train.precision=fp32", "log.every=1", "eval.batches=2",
+               "data.tokenizer=byte"]  # fmt: skip
+    runs = {ranks: train(path, tmp_path / str(ranks), *changes, ranks=ranks) for ranks in (1, 2, 4)}
+    for process in runs.values():
+        _, said = process.communicate(timeout=150)
+        assert process.returncode == 0, said
+    alone = losses(tmp_path / "1")
+    assert len(alone) == 3
+    for ranks, layout in ((2, "shard 2"), (4, "shard 2 x sequence 2")):
+        run = Run(tmp_path / str(ranks))
+        assert run.summary["parallel"]["layout"] == layout
+        assert losses(run.path) == pytest.approx(alone, rel=1e-5)
+        assert run.summary["eval_loss"] == pytest.approx(Run(tmp_path / "1").summary["eval_loss"], rel=1e-5)

@@ -348,4 +348,6 @@ class ParallelEngine(Engine):
 
     def report(self) -> dict[str, Any]:
         """The layout, and what was done to the model."""
+        if self.world == 1:
+            return {}
         return {"ranks": self.world, "layout": self.layout_name, "changes": self._changes}

@@ -35,7 +35,10 @@ from headway.parallel.global_lbl import (
 )
 from headway.parallel.global_lbl.specialisation import mutual_information
 from headway.parallel.local import run_ranks
+from headway.parallel.parity import parity
 from tests.conftest import tiny_recipe
+from tests.parallel.recipes import BASE
+from tests.parallel.recipes import recipe as small
 
 E, K, D, W = 6, 2, 8, 4
 MODEL = {"family": "moe", "experts": 4, "top_k": 2, "expert_width": 32}
@@ -543,6 +546,20 @@ def test_refusals() -> None:
         losses({"weight": 0})
     with pytest.raises(MethodError, match="pieces of a sequence"):
         losses({}, streambp={})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(4, {"replicate": 2, "shard": 2}), (4, {"shard": 2, "tensor": 2}), (2, {"shard": 2, "experts": 2}),
+     (2, {"shard": 1, "sequence": 2})],
+    ids=str,
+)  # fmt: skip
+def test_layouts_train_what_one_process_trains(ranks: int, layout: dict[str, Any]) -> None:
+    model = {**BASE["model"], "family": "moe", "experts": 8, "expert_width": 32, "dense_layers": 1, "shared_experts": 1}
+    options = {"weight": 0.5, "z_loss": 1e-3, "bias_rate": 0.01}
+    found = parity(small(model=model, parallel=layout, methods={"global-lbl": options}), ranks)
+    assert found.loss_difference < 1e-9
+    assert found.gradient_difference < 1e-9
 
 
 # How specialised

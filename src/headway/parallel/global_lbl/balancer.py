@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from headway.layers.experts import MoE
 from headway.layers.router import Routing
 from headway.parallel.global_lbl.losses import Group, expert_counts, frequencies, sum_over
+from headway.parallel.tensor.place import Place
 
 
 class Balancer:
@@ -93,7 +94,7 @@ class Balancer:
         """The context for the forward pass of the micro-batch that has begun.
 
         Args:
-            mask: bool, the tokens that count, in any shape of as many elements as the routers see rows; None: all.
+            mask: bool [B, T], the tokens that count; None: all.
         """
         return _Forward(self, mask)
 
@@ -102,19 +103,27 @@ class Balancer:
         micro = self._micro
         if micro is None or not self.layers[index].training:
             return routing
-        if micro.mask is not None and len(micro.mask) != len(routing.indices):
-            raise RuntimeError(f"a router sees {len(routing.indices)} tokens, and the mask has {len(micro.mask)}")
+        mask = self._mask(index, micro.mask)  # [n]
+        if mask is not None and len(mask) != len(routing.indices):
+            raise RuntimeError(f"a router sees {len(routing.indices)} tokens, and the mask has {len(mask)}")
         if index not in micro.counted and not micro.reduced:
             micro.counted.add(index)
-            micro.own[index] = expert_counts(routing.indices, self.experts, micro.mask)
+            micro.own[index] = expert_counts(routing.indices, self.experts, mask)
             probs = routing.probs.detach()
-            self._probs[index] += (probs if micro.mask is None else probs[micro.mask]).sum(0, dtype=torch.float64)
+            self._probs[index] += (probs if mask is None else probs[mask]).sum(0, dtype=torch.float64)
             if self.shuffle:
-                micro.choices[index] = routing.indices if micro.mask is None else routing.indices[micro.mask]
+                micro.choices[index] = routing.indices if mask is None else routing.indices[mask]
         if not torch.is_grad_enabled():
             return routing
-        weights = _Inject.apply(routing.weights, routing.probs, routing.logits, index, micro, self.z_weight)
+        weights = _Inject.apply(routing.weights, routing.probs, routing.logits, index, micro, mask, self.z_weight)
         return dataclasses.replace(routing, weights=weights)
+
+    def _mask(self, index: int, mask: Tensor | None) -> Tensor | None:
+        """[n]: which of the tokens that a router sees count; tensor parallelism gives it a share of each sequence."""
+        place: Place | None = getattr(self.layers[index].router, "place", None)
+        if mask is None:
+            return None
+        return (mask if place is None else place.mine(mask, -1)).flatten()
 
     def _reduce(self) -> None:
         """Find the frequencies for the backward pass; once per micro-batch, however often it is run forward."""
@@ -228,7 +237,7 @@ class _Forward:
     def __enter__(self) -> None:
         if self.balancer._micro is None:
             raise RuntimeError("call begin() before the forward pass of a micro-batch")
-        self.balancer._micro.mask = None if self.mask is None else self.mask.flatten()
+        self.balancer._micro.mask = self.mask
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
@@ -240,9 +249,16 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor, probs: Tensor, logits: Tensor, index: int, micro: _MicroBatch, z_weight: float
+        ctx: Any,
+        weights: Tensor,
+        probs: Tensor,
+        logits: Tensor,
+        index: int,
+        micro: _MicroBatch,
+        mask: Tensor | None,
+        z_weight: float,
     ) -> Tensor:
-        ctx.index, ctx.micro, ctx.z_weight, ctx.mask, ctx.dtype = index, micro, z_weight, micro.mask, probs.dtype
+        ctx.index, ctx.micro, ctx.z_weight, ctx.mask, ctx.dtype = index, micro, z_weight, mask, probs.dtype
         ctx.tokens = len(probs)
         ctx.save_for_backward(*([logits] if z_weight else []))
         return weights.view_as(weights)
@@ -259,4 +275,4 @@ class _Inject(torch.autograd.Function):
             size = 2 * ctx.z_weight / micro.tokens * logits.logsumexp(-1, keepdim=True)  # [n, 1]
             size = size if ctx.mask is None else size * ctx.mask[:, None]
             of_logits = size * logits.softmax(-1)
-        return grad, of_probs, of_logits, None, None, None
+        return grad, of_probs, of_logits, None, None, None, None

@@ -62,7 +62,7 @@ class GlobalLBL(Method):
         },
         deviations="the gradient is added in the backward pass, so that all layers share one message and the logged "
         "loss stays the plain one; targets that do not count are left out of the balance too",
-        parallel=("replicate", "shard", "sequence", "experts"),
+        parallel=("replicate", "shard", "sequence", "tensor", "experts"),
     )
     Options = GlobalLBLOptions
 

@@ -29,13 +29,21 @@ class RankFailed(HeadwayError):
     """A rank raised or died; the message is the first one's."""
 
 
-def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    world: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = TIMEOUT,
+    enter: Callable[[int], None] | None = None,
+) -> list[Any]:
     """Run ``work(rank, *arguments)`` in ``world`` forked processes with a gloo process group, one thread each.
 
     Args:
         world: number of ranks.
         work: what each rank does; its result must be picklable. It sees all that this process has in memory.
         timeout: seconds that a collective operation waits for the other ranks.
+        enter: called with the rank in its process before it joins the others, for instance to give it a network of
+            its own.
 
     Returns:
         The results by rank.
@@ -49,7 +57,7 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: fl
     sys.stderr.flush()
     with tempfile.TemporaryDirectory(prefix="headway-ranks-") as name:
         folder = Path(name)
-        children = {_fork(folder, rank, world, work, arguments, timeout): rank for rank in range(world)}
+        children = {_fork(folder, rank, world, work, arguments, timeout, enter): rank for rank in range(world)}
         failed: dict[int, str] = {}
         while children:
             pid, status = _any_of(children)
@@ -77,7 +85,7 @@ def _any_of(children: dict[int, int]) -> tuple[int, int]:
         time.sleep(0.005)
 
 
-def _fork(folder: Path, rank: int, world: int, work: Any, arguments: Any, timeout: float) -> int:
+def _fork(folder: Path, rank: int, world: int, work: Any, arguments: Any, timeout: float, enter: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -86,6 +94,8 @@ def _fork(folder: Path, rank: int, world: int, work: Any, arguments: Any, timeou
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        if enter is not None:
+            enter(rank)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder / 'rendezvous'}",

@@ -1,0 +1,108 @@
+"""Four ranks on shaped links: rates are real, and a layout that sends much pays for its bytes, one that sends little does
+not. Needs gloo and network namespaces (skipped with the reason); half a minute; `pytest tests/parallel/test_network.py`.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from headway.core.build import build_trainer
+from headway.core.recipe import Recipe
+from headway.parallel.local import run_ranks
+from tests.cluster import BURST, Cluster, quantity, sent, unavailable
+from tests.parallel.recipes import recipe
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(RANKS) as made:
+        yield made
+
+
+def transfer(rank: int, links: dict[tuple[int, int], int]) -> dict[tuple[int, int], float]:
+    """Seconds that so many bytes take from rank to rank, one link after the other, by the receiver."""
+    seconds = {}
+    for (source, to), size in links.items():
+        message = torch.zeros(size, dtype=torch.uint8)
+        for part in (message[:1], message):  # the first makes the connection
+            dist.barrier()
+            start = time.monotonic()
+            if rank == source:
+                dist.send(part, to)
+            elif rank == to:
+                dist.recv(part, source)
+                seconds[source, to] = time.monotonic() - start
+    return seconds
+
+
+def test_links_have_the_rates_they_were_given(cluster: Cluster) -> None:
+    cluster.shape("40MB/s", {(0, 1): "4MB/s", (2, 3): "8MB/s", (3, 2): "20MB/s"})
+    rates = {(0, 1): 4e6, (1, 0): 4e6, (0, 2): 40e6, (2, 3): 8e6, (3, 2): 20e6, (3, 0): 40e6}
+    sizes = {link: int(rate / 4) for link, rate in rates.items()}  # a quarter of a second each
+    seconds = {link: took for found in run_ranks(RANKS, transfer, sizes, enter=cluster.enter) for link, took in found.items()}
+    for link, rate in rates.items():
+        measured = (sizes[link] - 2 * BURST) / seconds[link]
+        assert 0.5 * rate < measured < 1.1 * rate, (link, measured, seconds)
+
+
+def crowd(rank: int, size: int) -> float:
+    """Everybody sends to rank 0 at once."""
+    messages = [torch.zeros(size, dtype=torch.uint8) for _ in range(RANKS)]
+    dist.barrier()
+    start = time.monotonic()
+    if rank:
+        dist.send(messages[rank], 0)
+    else:
+        for work in [dist.irecv(messages[other], other) for other in range(1, RANKS)]:
+            assert work is not None
+            work.wait()
+    return time.monotonic() - start
+
+
+def test_a_rank_receives_no_faster_than_its_own_link(cluster: Cluster) -> None:
+    cluster.shape("20MB/s")
+    size = 4_000_000
+    seconds = run_ranks(RANKS, crowd, size, enter=cluster.enter)[0]
+    assert 0.9 * 3 * size / 20e6 < seconds < 2.5 * 3 * size / 20e6, seconds
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {"weights": {"shard": 4}, "activations": {"pipeline": 4}}
+RATE = "8MB/s"
+
+
+def steps(_: int, run: Recipe) -> tuple[float, int]:
+    """Seconds and bytes sent of a step: of three, the fastest."""
+    trainer = build_trainer(run)
+    trainer.train_step()
+    found = []
+    for _step in range(3):
+        dist.barrier()
+        before, start = sent(), time.monotonic()
+        trainer.train_step()
+        found.append((time.monotonic() - start, sent() - before))
+    return min(found)
+
+
+def test_a_layout_pays_for_the_bytes_it_sends(cluster: Cluster) -> None:
+    """FSDP2 sends the weights three times a step, a pipeline the residual stream of a few tokens."""
+    fast: dict[str, float] = {}
+    slow: dict[str, float] = {}
+    wire: dict[str, float] = {}
+    for name, layout in LAYOUTS.items():
+        run = recipe(model={"hidden": 128}, train={"precision": "fp32", "micro_batch": 1}, parallel=layout)
+        for rate, times in ((None, fast), (RATE, slow)):
+            cluster.shape(rate)
+            found = run_ranks(RANKS, steps, run, enter=cluster.enter)
+            times[name] = max(seconds for seconds, _ in found)
+            wire[name] = max(size for _, size in found) / quantity(RATE)  # seconds that the busiest link needs
+    print(f"unshaped {fast}, {RATE} {slow}, bytes / rate {wire}")
+    assert wire["weights"] > 10 * wire["activations"]
+    assert 0.85 * wire["weights"] < slow["weights"] < 1.6 * wire["weights"] + 2 * fast["weights"]
+    assert slow["weights"] > 2 * slow["activations"], "more than twice as slow, and without shaping it is not"

@@ -88,6 +88,22 @@ def test_counts_are_those_of_ranks_that_exist():
     assert counted.parameters == local
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_shared_sequences_are_counted(kind):
+    """Beside whole sequences on as many ranks: the same weights, a fourth of the tokens each, and more messages."""
+    shared = dry_run(recipe({"sequence": {"degree": 4, "kind": kind}}, micro_batch=8), 4, 1024)
+    alone = dry_run(recipe({"shard": 4}, micro_batch=8), 4, 1024)
+    assert shared.ranks[0].memory.weights == alone.ranks[0].memory.weights
+    assert shared.ranks[0].sent["weights"].bytes == pytest.approx(4 * alone.ranks[0].sent["weights"].bytes)
+    assert 0.2 < shared.ranks[0].memory.activations / alone.ranks[0].memory.activations < 0.4
+    sent = shared.ranks[0].sent["sequence"]
+    tokens, layers, times = 8 * 256 / 4, 8, 4
+    if kind == "ulysses":  # queries, keys, values there and the result back, and their gradients
+        assert sent.bytes == 2 * 4 * 3 / 4 * tokens * 256 * 2 * layers * times
+    else:
+        assert sent.bytes > 2 * 3 * tokens * 256 * 2 * layers * times
+
+
 def test_hundreds_of_ranks_in_under_a_minute():
     model = {"family": "gpt2", "hidden": 4096, "layers": 32, "heads": 32, "vocab": 51200, "context": 2048}
     config = recipe({"tensor": 8, "pipeline": 8, "shard": 8}, model=model, batch=256, micro_batch=2)
@@ -101,8 +117,6 @@ def test_hundreds_of_ranks_in_under_a_minute():
 def test_what_cannot_be_laid_out_is_refused():
     with pytest.raises(HeadwayError, match="does not divide the 8 heads"):
         dry_run(recipe({"tensor": 3}), 3, 1024)
-    with pytest.raises(HeadwayError, match="is not laid out by a dry run"):
-        dry_run(recipe({"sequence": 2}), 2, 1024)
     with pytest.raises(HeadwayError, match="do not make up 6"):
         dry_run(recipe({"tensor": 4}), 6, 1024)
 

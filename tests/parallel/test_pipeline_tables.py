@@ -1,4 +1,4 @@
-"""Schedule tables: complete, in order, without deadlock, as published. `pytest tests/parallel/test_pipeline_tables.py`."""
+"""Schedule tables: complete, in order, without deadlock. `pytest tests/parallel/test_pipeline_tables.py`."""
 
 import random
 

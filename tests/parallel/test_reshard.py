@@ -20,8 +20,14 @@ STEPS = 3
 
 
 def steps(count: int, **changes: Any) -> Any:
-    return recipe(train={"steps": count}, schedule={"name": "constant", "warmup": 0}, checkpoint={"every": STEPS, "keep": 2},
-                  log={"every": 1}, methods={"ema": {"decay": 0.5}}, **changes)  # fmt: skip
+    return recipe(
+        train={"steps": count},
+        schedule={"name": "constant", "warmup": 0},
+        checkpoint={"every": STEPS, "keep": 2},
+        log={"every": 1},
+        methods={"ema": {"decay": 0.5}},
+        **changes,
+    )
 
 
 def run_as(layout: str, count: int, run: Path) -> None:

@@ -259,8 +259,15 @@ class ParallelEngine(Engine):
                 tokens=self.recipe.data.sequence // between,  # type: ignore[attr-defined]
                 dtype=torch.bfloat16 if sharded_half else weight.dtype,
                 device=weight.device,
+                tensor=self.mesh["tensor"] if self._sends_parts else None,
             )
         return self._runner
+
+    @property
+    def _sends_parts(self) -> bool:
+        """Tensor ranks hold the same between two stages, and each sends its part of it."""
+        options = self.recipe.parallel
+        return self.layout.tensor > 1 and not options.tensor.sequence and options.pipeline.gather
 
     def evaluate(self, model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> float:
         """As one process does, on this rank's part of the sequences."""

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from headway.core.errors import HeadwayError
+from headway.parallel.pipeline.boundary import BoundaryStage, check_parts, lost_neighbour
 from headway.parallel.pipeline.cuts import Cuts
 from headway.parallel.pipeline.stages import Stage
+from headway.parallel.pipeline.trace import Span
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -45,6 +46,7 @@ class PipelineRunner:
             share them.
         dtype: of the residual stream.
         device: of this rank.
+        tensor: the ranks that hold the same residual stream, each of which then sends its part of it; None: all of it.
     """
 
     def __init__(
@@ -59,10 +61,13 @@ class PipelineRunner:
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        tensor: DeviceMesh | None = None,
     ) -> None:
         self.stages, self.cuts, self.name, self.micro_batches = list(stages), cuts, schedule, micro_batches
         self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
         self.width, self.tokens, self.dtype, self.device = width, tokens, dtype, device
+        self._tensor = tensor
+        self._wrapped: list[BoundaryStage] = []
         self._schedule: Any = None
         self._rows = 0
         self._targets = 1
@@ -76,7 +81,8 @@ class PipelineRunner:
             targets: of the whole step; the gradient is that of the summed loss divided by it.
 
         Raises:
-            HeadwayError: the rows cannot be divided, or are others than in the step before.
+            HeadwayError: the rows cannot be divided, or are others than in the step before; or a neighbour is gone or
+                later than the group's timeout: its rank, the stage, the pass and the micro-batch are named.
         """
         rows = batch["tokens"].shape[0]
         if self._schedule is None:
@@ -90,11 +96,27 @@ class PipelineRunner:
                  for key, value in batch.items() if key != "tokens"}  # fmt: skip
         inputs = (batch["tokens"],) if 0 in (stage.index for stage in self.stages) else ()
         at_end = self.stages[-1].last
-        self._schedule.step(
-            *inputs, **given, target=batch["targets"] if at_end else None, losses=losses if at_end else None
-        )
+        for stage in self._wrapped:
+            stage.begin()
+        target, kept = (batch["targets"], losses) if at_end else (None, None)
+        try:
+            self._schedule.step(*inputs, **given, target=target, losses=kept)
+        except RuntimeError as error:  # torch's, for a neighbour that is late or gone
+            lost = lost_neighbour(self._wrapped, self.rank, error)
+            if lost is None:
+                raise
+            raise lost from error
         total = torch.stack(losses).sum().detach() * targets if at_end else torch.zeros((), device=self.device)
         return self._from_last(total)
+
+    def events(self) -> list[Span]:
+        """This rank's passes of the last step, for ``chrome_trace``: host times on the machine's own clock."""
+        return sorted((span for stage in self._wrapped for span in stage.spans), key=lambda span: span.start)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages so far, forward and backward."""
+        return sum(stage.sent_bytes for stage in self._wrapped)
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> float:
@@ -128,8 +150,9 @@ class PipelineRunner:
         between = torch.empty(micro, self.tokens, self.width, dtype=self.dtype, device="meta", requires_grad=True)
         tokens = torch.empty(micro, 1, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True)
-        wrapped = [
-            PipelineStage(
+        check_parts(between.shape, self._tensor)
+        self._wrapped = wrapped = [
+            BoundaryStage(
                 stage,
                 stage.index,
                 self.cuts.stages,
@@ -137,6 +160,7 @@ class PipelineRunner:
                 input_args=tokens if stage.first else between,
                 output_args=loss if stage.last else between,
                 group=self.group,
+                tensor=self._tensor,
             )
             for stage in self.stages
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,8 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """
     import torch.distributed as dist
 
+    # DTensor warns that gathering what is divided in two ways takes two messages; here nobody counts them.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     masters: dict[Tensor, Tensor] = getattr(trainer.optimizer, "masters", {})
     own: dict[str, Tensor] = {}
     for name, parameter in trainer.model.named_parameters():

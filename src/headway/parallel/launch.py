@@ -63,7 +63,8 @@ def _status_of(failures: dict[int, Any], ranks: int) -> int:
     killed = [
         rank for rank, failure in failures.items() if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM
     ]
-    rank = min(killed or failures, key=lambda r: (failures[r].timestamp, r))
+    told = [0] if 0 in failures and failures[0].exitcode > 0 else []  # by rank 0, where the user reads it
+    rank = min(killed or told or failures, key=lambda r: (failures[r].timestamp, r))
     code = failures[rank].exitcode
     if code in STOPPED:
         return int(code)

@@ -62,6 +62,7 @@ TABLE: dict[str, dict[str, str]] = {
         "memo": "headway.experiments.memo:experiment",
         "moe-folding": "headway.experiments.moe_folding:experiment",
         "ssdtrain": "headway.experiments.ssdtrain:experiment",
+        "skippipe": "headway.experiments.skippipe:experiment",
         "streambp": "headway.experiments.streambp:experiment",
         "ulysses": "headway.experiments.ulysses:experiment",
         "zeco": "headway.experiments.zeco:experiment",

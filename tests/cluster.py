@@ -3,9 +3,10 @@
     with Cluster(ranks=4, bandwidth="50MB/s", slow_links={(0, 1): "5MB/s"}) as cluster:
         results = cluster.run([sys.executable, "-m", "headway.cli.main", "train", "recipe.yaml"])
 
-Every rank is a real process that sees one interface, ``eth0``, and the others at 10.77.0.1 and so on. The kernel's traffic
-control (htb) holds its traffic to the rates, both ways, as a network card and its switch would; netem delays it, where
-the kernel has netem. All is made in a user namespace: no privileges, nothing left behind, no word to the real network.
+Every rank is a real process that sees one interface, ``eth0``, and the others at 10.77.0.1 and so on. The kernel's
+traffic control (htb) holds its traffic to the rates, both ways, as a network card and its switch would; netem delays
+it, where the kernel has netem. All is made in a user namespace: no privileges, nothing left behind, no word to the real
+network. Ranks that are forked instead (`headway.parallel.local.run_ranks`) join with ``enter=cluster.enter``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Cluster:
     ) -> None:
         if reason := unavailable(latency is not None):
             raise NoCluster(reason)
-        self.ranks, self._latency = ranks, latency and quantity(latency)
+        self.ranks, self._latency = ranks, quantity(latency) if latency else None
         self._holders: list[subprocess.Popen[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._outputs = tempfile.TemporaryDirectory(prefix="headway-cluster-")
@@ -145,7 +146,7 @@ class Cluster:
         return (Path(self._outputs.name) / str(rank)).read_text(errors="replace")
 
     def enter(self, rank: int) -> None:
-        """Move this process, a fork without threads, to a rank's namespace: ``run_ranks(4, work, enter=cluster.enter)``."""
+        """Move this process, a fork that has no threads yet, to a rank's namespace."""
         pid, libc = self._holders[rank + 1].pid, ctypes.CDLL(None, use_errno=True)
         for name, kind in (("user", 0x1000_0000), ("net", 0x4000_0000)):  # CLONE_NEWUSER, CLONE_NEWNET
             with Path(f"/proc/{pid}/ns/{name}").open() as namespace:
@@ -207,9 +208,8 @@ def unavailable(delays: bool = False) -> str | None:
 
 
 def _trial(delays: bool) -> str:
-    return (
-        f"set -e; {PATH}; ip link add hub type bridge; ip link add port0 type veth peer name port1; ip link set port0 up; "
-        + _rates("port0", 1e6, {"10.77.0.1": 1e6}, 1e-3 if delays else None)
+    return f"set -e; {PATH}; ip link add hub type bridge; ip link add port0 type veth peer name port1; " + _rates(
+        "port0", 1e6, {"10.77.0.1": 1e6}, 1e-3 if delays else None
     )
 
 

@@ -1,7 +1,11 @@
-"""Four ranks on shaped links: rates are real, and a layout that sends much pays for its bytes, one that sends little does
-not. Needs gloo and network namespaces (skipped with the reason); half a minute; `pytest tests/parallel/test_network.py`.
+"""Four ranks on shaped links: rates are real, and a layout pays for the bytes that it sends.
+
+Needs gloo and network namespaces (skipped with the reason, where there are none); half a minute;
+`pytest tests/parallel/test_network.py`.
 """
 
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 
+import headway.parallel.engine
+import headway.parallel.pipeline  # noqa: F401  before ranks fork, or each imports it by itself
 from headway.core.build import build_trainer
 from headway.core.recipe import Recipe
 from headway.parallel.local import run_ranks
@@ -46,10 +53,40 @@ def test_links_have_the_rates_they_were_given(cluster: Cluster) -> None:
     cluster.shape("40MB/s", {(0, 1): "4MB/s", (2, 3): "8MB/s", (3, 2): "20MB/s"})
     rates = {(0, 1): 4e6, (1, 0): 4e6, (0, 2): 40e6, (2, 3): 8e6, (3, 2): 20e6, (3, 0): 40e6}
     sizes = {link: int(rate / 4) for link, rate in rates.items()}  # a quarter of a second each
-    seconds = {link: took for found in run_ranks(RANKS, transfer, sizes, enter=cluster.enter) for link, took in found.items()}
+    by_rank = run_ranks(RANKS, transfer, sizes, enter=cluster.enter)
+    seconds = {link: took for found in by_rank for link, took in found.items()}
     for link, rate in rates.items():
         measured = (sizes[link] - 2 * BURST) / seconds[link]
         assert 0.5 * rate < measured < 1.1 * rate, (link, measured, seconds)
+
+
+def test_commands_end_each_with_its_own_status_and_words(cluster: Cluster) -> None:
+    results = cluster.run(["sh", "-c", "echo $RANK of $WORLD_SIZE at $MASTER_ADDR $MORE; exit $RANK"], {"MORE": "!"})
+    assert [result.status for result in results] == [0, 1, 2, 3]
+    assert [result.output for result in results] == [f"{rank} of 4 at 10.77.0.1 !\n" for rank in range(RANKS)]
+    cluster.start(["sleep", "60"])
+    cluster.kill(2)
+    cluster.kill(1, signal.SIGTERM)
+    ended = [result.status for result in cluster.wait(timeout=0.5)]
+    assert ended[2] == ended[0] == -signal.SIGKILL and ended[1] == -signal.SIGTERM
+
+
+def test_ranks_see_one_another_and_nothing_else(cluster: Cluster) -> None:
+    reach = "import socket, sys; socket.create_connection((sys.argv[1], 9), 5)"
+    for address, said in ((cluster.address(3), "refused"), ("10.78.0.1", "unreachable")):
+        assert all(said in found.output for found in cluster.run([sys.executable, "-c", reach, address]))
+
+
+@pytest.mark.skipif(unavailable(delays=True) is not None, reason=unavailable(delays=True) or "")
+def test_messages_are_delayed() -> None:
+    with Cluster(2, latency="30ms") as pair:
+        assert run_ranks(2, transfer, {(0, 1): 1000}, enter=pair.enter)[1][0, 1] >= 0.03
+
+
+def test_quantities() -> None:
+    assert quantity("1.5MB/s") == 1.5e6 and quantity("2 ms") == 2e-3
+    with pytest.raises(ValueError, match="MB/s"):
+        quantity("50Mbit")
 
 
 def crowd(rank: int, size: int) -> float:

@@ -6,6 +6,7 @@ Run: pytest tests/models/test_gla.py
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from headway.core.build import build_trainer
-from headway.core.errors import RecipeError
+from headway.core.errors import ModelError, RecipeError
 from headway.core.options import parse_options
 from headway.core.recipe import Recipe
 from headway.layers.linear_attention import linear_attention_reference
 from headway.models.build import build_model
 from headway.models.config import GLAConfig
+from headway.models.hf import save_hf
 from headway.serve.cache import Cache
 from headway.serve.engine import generate
 from tests.conftest import tiny_recipe
@@ -135,6 +137,12 @@ def test_bf16_decays_keep_their_digits() -> None:
     assert half.blocks[0].mixer.log_decay(half.embedding(x)).dtype == torch.float32
     difference = (half(x).float() - rounded(x)).abs().mean() / rounded(x).std()
     assert difference < 0.03
+
+
+def test_it_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="model.family: is gla, which transformers does not have"):
+        save_hf(model_of("channel"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_flops_are_those_of_the_recurrence() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headway.core.errors import ModelError
 from headway.core.files import sync_folder, write_json
 from headway.models.build import empty_model
-from headway.models.config import GPT2Config, LlamaConfig
+from headway.models.config import GLAConfig, GPT2Config, LlamaConfig
 from headway.models.hf_config import hf_config, model_type, read_config
 from headway.models.hf_weights import Weight, parameters_of, weight_map
 
@@ -97,6 +97,9 @@ def save_hf(
         ModelError: transformers has no such family, methods replaced parts of the model, or a file cannot be written.
     """
     folder = Path(folder)
+    if isinstance(model.config, GLAConfig):
+        raise ModelError("model.family", "is gla, which transformers does not have",
+                         hint="`headway generate` and `headway eval` read the run itself")  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".export-", dir=folder) as name:

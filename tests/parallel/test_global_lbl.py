@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,10 +290,27 @@ def test_evaluation_and_stray_passes_touch_nothing() -> None:
     assert all(
         torch.equal(x, y) for x, y in zip(before.values(), balancer.state_dict().values()) if isinstance(x, Tensor)
     )
+    balancer.begin(5)
+    model.eval()
+    model(batch(1)[0])
+    model.train()
+    assert balancer._micro is not None
+    assert not balancer._micro.counted
+    assert torch.equal(before["probs"], balancer._probs)
     balancer.end_step()
     grad = torch.autograd.grad((model(batch(1)[0]) * 0).sum(), routers(model))  # no micro-batch has begun
     assert all(not g.any() for g in grad)
     assert not balancer._own.any()
+
+
+def test_a_router_with_a_share_of_each_sequence_has_that_share_of_the_mask() -> None:
+    x, mask = torch.randn(2, 4, D, dtype=torch.float64), torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1]]).bool()
+    model = layers(1)
+    model[0].router.place = SimpleNamespace(mine=lambda whole, dim: whole.narrow(dim, 2, 2))
+    balancer = Balancer(moe_layers(model))
+    step(model, balancer, [(x[:, 2:], mask)], 5, end=False)
+    expected = layers(1)[0].router(x[:, 2:].flatten(0, 1)).indices[[0, 2, 3]]
+    assert torch.equal(balancer.window[0], expert_counts(expected, E))
 
 
 def test_wrong_use_is_told() -> None:
@@ -596,6 +614,9 @@ def test_routing_report_of_a_router_that_knows_the_domains() -> None:
     assert found.score == pytest.approx(0.65)
     assert found.load == pytest.approx(8 / 3)
     assert found.micro_load == pytest.approx((4 + 4 + 16 / 3) / 3)
+    (even,) = routing_report(model, {"c": [torch.arange(5)[None]], "d": [torch.arange(5)[None]]}).layers
+    assert even.frequent == 0  # a fifth is more than an eighth, and less than twice that
+    assert math.isnan(even.overlap)
     assert model.training
     assert report.to_dict()["domains"] == ["a", "b"]
 

@@ -140,7 +140,7 @@ def test_bf16_decays_keep_their_digits() -> None:
 
 
 def test_it_is_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model.family: is gla, which transformers does not have"):
+    with pytest.raises(ModelError, match=r"model\.family: is gla, which transformers does not have"):
         save_hf(model_of("channel"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

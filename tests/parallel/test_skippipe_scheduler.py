@@ -61,7 +61,6 @@ def test_one_micro_batch_by_hand() -> None:
         seconds = simulate(cluster, [Job(path, 0.0, 0)]).seconds
         links = sum(cluster.costs[a, b] for a, b in zip(path, (*path[1:], path[0])))
         w = cluster.compute
-        # the data node waits the gap of 0.13 s for nothing: the next task comes later than that
         assert seconds == pytest.approx(2.5 * w[list(path)].sum() + 2 * links + w[path[0]] / 4)
         assert seconds == pytest.approx(cluster.pass_seconds(path))
 
@@ -130,24 +129,21 @@ def test_search_finds_the_optimum_of_few_agents(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_search_with_times_finds_the_optimum_of_three_agents(seed: int) -> None:
-    """Nobody at a node at once, against every combination of paths and every order of who goes first."""
+def test_search_with_times_is_no_worse_than_taking_turns(seed: int) -> None:
+    """Nobody at a node at once; between the bound and what three get who choose one after the other."""
     cluster, rules = random_cluster(4, seed), Rules(3, memory=3)
     stages = ((0,), (1, 2), (3,))
     finder = PathFinder(cluster, stages, rules)
-    agents = [(0, 0.0), (0, 0.0), (0, 0.0)]
+    agents = [(0, 0.0)] * 3
     found = ConflictSearch(finder, agents, rules, True, budget=Budget(5_000, 30, exhaustive=True)).run()
     assert found is not None
     assert not overlaps([route.visits for route in found.routes])
-    greedy = float("inf")  # each in turn takes the best that the ones before leave: an upper bound
-    for _ in itertools.permutations(range(3)):
-        busy: frozenset = frozenset()
-        end = 0.0
-        for start, offset in agents:
-            route = finder.best(start, offset, Forbidden(busy=busy))
-            assert route is not None
-            busy, end = busy | set(route.visits), max(end, route.seconds)
-        greedy = min(greedy, end)
+    busy: frozenset = frozenset()
+    greedy = 0.0
+    for start, offset in agents:
+        route = finder.best(start, offset, Forbidden(busy=busy))
+        assert route is not None
+        busy, greedy = busy | set(route.visits), max(greedy, route.seconds)
     assert found.bound - 1e-9 <= found.planned <= greedy + 1e-9
 
 

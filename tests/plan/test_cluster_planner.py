@@ -86,9 +86,9 @@ def test_slow_links_are_avoided():
 
 def test_candidates_are_what_the_runtime_accepts():
     shape, on = shape_of(SMALL, 512), cluster("a100x8")
-    for choice in choices(shape, on, 32):
+    for choice in choices(shape, on, 24):
         section = choice.recipe()
-        raw = recipe()
+        raw = recipe(batch=24)
         raw["model"]["kv_heads"] = 2
         raw["train"].update(section["train"])
         loaded = Recipe.load({**raw, "parallel": section["parallel"], "methods": section.get("methods", {})})

@@ -11,7 +11,7 @@ from headway.core.errors import HeadwayError
 from headway.parallel.pipeline.tables import schedule_table
 from headway.parallel.pipeline.trace import chrome_trace
 from headway.plan.cluster.formulas import bubble
-from headway.plan.cluster.simulator import Task, Transfer, simulate
+from headway.plan.cluster.simulator import Task, Transfer, simulate, stash
 
 F, B = "forward", "backward"
 
@@ -156,3 +156,20 @@ def test_a_simulation_as_a_trace():
     events = [event for event in chrome_trace(found.spans())["traceEvents"] if event["ph"] == "X"]
     assert len(events) == 2 * 2 * 3 + 2 * 3
     assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(found.seconds * 1e6)
+
+
+def test_messages_of_one_rank_leave_one_after_the_other():
+    m, slow = 4, Transfer(seconds=3.0)
+    found = simulate(gpipe(2, m), uniform, lambda s: s, transfer=lambda a, b: slow)
+    arrived = [event.start for event in found.events if event.rank == 1 and event.task.kind == F]
+    assert arrived == [1 + 3.0 * (i + 1) for i in range(m)]
+    starts = [event.start for event in found.events if event.rank == 0 and event.task.kind == F]
+    assert starts == [0, 1, 2, 3]  # it goes on meanwhile
+    waits = simulate(gpipe(2, m), uniform, lambda s: s, transfer=lambda a, b: slow, overlap=False)
+    assert [event.start for event in waits.events if event.rank == 0 and event.task.kind == F] == [0, 4, 8, 12]
+
+
+def test_a_weight_gradient_frees_what_was_kept():
+    order = [Task(kind, 0, micro) for micro in range(3) for kind in (F, "input", "weight")]
+    assert stash(order) == 1
+    assert stash([task for task in order if task.kind != "weight"]) == 3

@@ -61,7 +61,7 @@ def test_the_papers_tables_from_one_row():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_expectation_has_a_measurement(quick, monkeypatch):
-    curves = {"one": [1.0], "zeco": [1.0], "difference": 0.0, "zeco bytes": 1.0, "lasp2 bytes": 3.0}
+    curves = {"one": [1.0], "zeco": [1.0], "difference": 0.0, "end": 0.0, "zeco bytes": 1.0, "lasp2 bytes": 3.0}
     times = {f"{m}{s}": {P: [0.1, 0.2] for P in "248"} for m in zeco.METHODS for s in ("", " work")}
     found = {"error": 0.0, "curves": curves, "links": times, "correction": 0.01}
     context = SimpleNamespace(

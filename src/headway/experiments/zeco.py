@@ -43,7 +43,7 @@ PAPER_COLLECTIVES = {
 PAPER_LAYERS = {8: (22.59e-3, 19.39e-3, 7.32e-3), 128: (113.71e-3, 35.72e-3, 9.88e-3)}
 """GPUs -> seconds of a layer with LASP-1, LASP-2 and ZeCO; 16 thousand tokens per GPU, a model of 1B parameters."""
 EARLY = 50
-"""Steps after which the last bits of fp64 have grown into visible differences of the loss."""
+"""Steps whose losses are compared one by one: later ones drift apart, as rounding in one process makes them do too."""
 RATE = 1e-3
 """Learning rate of the small training."""
 PAPER_BLOCKS = 8

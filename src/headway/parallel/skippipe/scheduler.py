@@ -11,7 +11,7 @@ import numpy as np
 from headway.parallel.skippipe.cluster import Cluster, Path, Rules, Schedule, ScheduleError, Stages
 from headway.parallel.skippipe.paths import PathFinder, Route
 from headway.parallel.skippipe.placement import Placer
-from headway.parallel.skippipe.search import BRANCHES, Budget, ConflictSearch, Found
+from headway.parallel.skippipe.search import BRANCHES, PENALTY, Budget, ConflictSearch, Found
 from headway.parallel.skippipe.simulator import rounds, simulate
 
 Arm = Literal["cbs", "no-tc2", "random", "full"]
@@ -117,6 +117,6 @@ def _paths(
     agents = [(node, k * float(seen.compute[node])) for node in stages[0] for k in range(cluster.memory)]
     times = value is not None
     found = None
-    for branches in (BRANCHES, MORE_BRANCHES):  # few ways out may all be dead ends
-        found = found or ConflictSearch(finder, agents, rules, times, value, budget, branches).run()
+    for branches, penalty in ((BRANCHES, PENALTY), (MORE_BRANCHES, 100.0)):  # then whatever leads to a solution
+        found = found or ConflictSearch(finder, agents, rules, times, value, budget, branches, penalty).run()
     return found

@@ -98,10 +98,11 @@ class ConflictSearch:
         value: Callable[[Sequence[Route]], float] | None = None,
         budget: Budget | None = None,
         branches: int = BRANCHES,
+        penalty: float = PENALTY,
     ) -> None:
         self.finder, self.agents, self.rules, self.times = finder, list(agents), rules, times
         self.value = value or (lambda routes: max(route.seconds for route in routes))
-        self.budget, self.branches = budget or Budget(), branches
+        self.budget, self.branches, self.penalty = budget or Budget(), branches, penalty
         self.quotas = self._shares()
         self.seen: set[tuple[Forbidden, ...]] = set()
         self.best: Found | None = None
@@ -155,7 +156,7 @@ class ConflictSearch:
 
     def _key(self, routes: Sequence[Route]) -> float:
         worst = max(route.seconds for route in routes)
-        return worst if self.budget.exhaustive else worst + PENALTY * self._too_many(routes)
+        return worst if self.budget.exhaustive else worst + self.penalty * self._too_many(routes)
 
     def _counts(self, routes: Sequence[Route]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         stages: dict[int, list[int]] = {}
@@ -221,7 +222,8 @@ class ConflictSearch:
             if route is not None:
                 ways.append((route.seconds, agent, ruled, route))
         ways.sort(key=lambda way: way[:2])
-        together = 1 if exhaustive or conflict.kind == "time" else conflict.excess
+        one = exhaustive or conflict.kind == "time" or self.branches > BRANCHES
+        together = 1 if one else conflict.excess
         found = []
         for combination in itertools.combinations(ways, together):
             rules, changed = list(forbidden), list(routes)

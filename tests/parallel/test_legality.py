@@ -38,7 +38,6 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "ring without usp": (2, {"parallel": {"sequence": {"degree": 2, "ring": 2}}}, "is for kind usp"),
     "usp without rings": (4, {"parallel": {"sequence": {"degree": 4, "kind": "usp"}}}, r"rings of 4 ranks.*2 or 4"),
     "usp with odd rings": (4, {"parallel": {"sequence": {"degree": 4, "kind": "usp", "ring": 3}}}, r"of 3 .*2 or 4"),
-    "ring and windows": (2, {"parallel": {"sequence": {"degree": 2, "kind": "ring"}}, "model": {"window": 8}}, "wind"),
     "scan of softmax": (2, {"parallel": {"sequence": {"degree": 2, "kind": "all-scan"}}}, "softmax attention"),
     "more stages than blocks": (8, {"parallel": {"pipeline": 8}, "train": {"batch": 8, "micro_batch": 1}},
                                 r"8 stages .*of 4 blocks.*a degree of 4"),

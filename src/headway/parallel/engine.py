@@ -140,7 +140,20 @@ class ParallelEngine(Engine):
 
     def stream(self, stream: Iterator[StepBatch]) -> Iterator[StepBatch]:
         """The rank's part of each sequence."""
-        return SharedSequences(stream, self._part) if self.layout.sequence > 1 else stream
+        if self.layout.sequence == 1:
+            return stream
+        return SharedSequences(stream, self._part, self._sharing)
+
+    @cached_property
+    def _sharing(self) -> Any:
+        """The ranks that share sequences; with GPUs by gloo, which carries batches before they are on a device."""
+        if not torch.cuda.is_available():
+            return self.mesh["sequence"].get_group()
+        own = None
+        for group in self.layout.groups("sequence"):
+            made = dist.new_group(group, backend="gloo")
+            own = made if self.rank in group else own
+        return own
 
     def _part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         from headway.parallel.sequence.batch import shard_batch

@@ -144,9 +144,6 @@ def _sequence(recipe: Recipe, layout: Layout) -> None:
         if exchanged > heads:
             _refuse("parallel.sequence", f"has {exchanged} ranks exchange heads, and each has {heads}",
                     f"take at most {heads}, or kind ring or usp")  # fmt: skip
-    if kind in ("ring", "usp") and getattr(model, "window", None):
-        _refuse("parallel.sequence.kind", f"is {kind}, which has no sliding windows, and model.window is "
-                f"{model.window}", "take ulysses")  # type: ignore[attr-defined]  # fmt: skip
 
 
 def micro_batch(recipe: Recipe, layout: Layout) -> int:

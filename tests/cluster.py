@@ -4,9 +4,10 @@
         results = cluster.run([sys.executable, "-m", "headway.cli.main", "train", "recipe.yaml"])
 
 Every rank is a real process that sees one interface, ``eth0``, and the others at 10.77.0.1 and so on. The kernel's
-traffic control (htb) holds its traffic to the rates, both ways, as a network card and its switch would; netem delays
-it, where the kernel has netem. All is made in a user namespace: no privileges, nothing left behind, no word to the real
-network. Ranks that are forked instead (`headway.parallel.local.run_ranks`) join with ``enter=cluster.enter``.
+traffic control (htb) holds its traffic to the rates, both ways, as a network card and its switch would; with a latency,
+a program (`tests/switch.py`) takes the place of the kernel's bridge between them. All is made in a user namespace: no
+privileges, nothing left behind, no way to the real network. Ranks that are forked instead
+(`headway.parallel.local.run_ranks`) join with ``enter=cluster.enter``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -68,7 +70,7 @@ class Cluster:
         latency: str | None = None,
         slow_links: Mapping[Link, str] | None = None,
     ) -> None:
-        if reason := unavailable(latency is not None):
+        if reason := unavailable():
             raise NoCluster(reason)
         self.ranks, self._latency = ranks, quantity(latency) if latency else None
         self._holders: list[subprocess.Popen[bytes]] = []
@@ -80,12 +82,17 @@ class Cluster:
         try:
             hub = self._hold(["unshare", "--user", "--map-root-user", "--net"])
             _inside(hub, "ip link add hub type bridge; ip link set hub up")
+            bridged = "" if self._latency else "master hub"
             for rank in range(self.ranks):
                 own = self._hold([*_enter(hub), "unshare", "--net"])
                 _inside(hub, f"ip link add port{rank} type veth peer name {INTERFACE} netns {own}; "
-                        f"ip link set port{rank} master hub up")  # fmt: skip
+                        f"ip link set port{rank} {bridged} up")  # fmt: skip
                 _inside(own, f"ip link set lo up; ip link set {INTERFACE} up; "
                         f"ip address add {self.address(rank)}/24 dev {INTERFACE}")  # fmt: skip
+            if self._latency is not None:
+                ports = [f"port{rank}" for rank in range(self.ranks)]
+                switch = [sys.executable, str(Path(__file__).with_name("switch.py")), str(self._latency), *ports]
+                self._start_holder([*_enter(hub), *switch])
             self.shape(*self._settings)
         except BaseException:
             self.close()
@@ -115,8 +122,8 @@ class Cluster:
         for rank in range(self.ranks):
             mine = {to: rate for (source, to), rate in slow.items() if source == rank}
             to = {self.address(other): rate for other, rate in mine.items()}
-            _inside(self._holders[rank + 1].pid, _rates(INTERFACE, every, to, self._latency))
-            _inside(self._holders[0].pid, _rates(f"port{rank}", every, {}, None))
+            _inside(self._holders[rank + 1].pid, _rates(INTERFACE, every, to))
+            _inside(self._holders[0].pid, _rates(f"port{rank}", every, {}))
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         """Start ``command`` as every rank, with what torch needs to find the others in its environment."""
@@ -170,8 +177,11 @@ class Cluster:
 
     def _hold(self, command: Sequence[str]) -> int:
         """A process that keeps a new namespace alive, and ends with this one."""
-        holder = subprocess.Popen([*command, "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        return self._start_holder([*command, "sh", "-c", "echo; exec cat"])
+
+    def _start_holder(self, command: Sequence[str]) -> int:
+        """A process that says so with an empty line when it is ready."""
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._holders.append(holder)
         assert holder.stdout is not None
         if (said := holder.stdout.readline()) != b"\n":
@@ -197,39 +207,35 @@ def quantity(text: str) -> float:
 
 
 @cache
-def unavailable(delays: bool = False) -> str | None:
-    """Why this machine cannot make a cluster (with delays), or None if it can."""
+def unavailable() -> str | None:
+    """Why this machine cannot make a cluster, or None if it can."""
     try:
-        outside = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "sh", "-c", _trial(delays)],
+        outside = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "sh", "-c", _trial()],
                                  capture_output=True, text=True, timeout=20)  # fmt: skip
     except OSError as error:
         return f"no network namespaces: {error}"
     return f"no shaped network namespaces: {outside.stderr.strip()}" if outside.returncode else None
 
 
-def _trial(delays: bool) -> str:
-    return f"set -e; {PATH}; ip link add hub type bridge; ip link add port0 type veth peer name port1; " + _rates(
-        "port0", 1e6, {"10.77.0.1": 1e6}, 1e-3 if delays else None
-    )
+def _trial() -> str:
+    made = "ip link add hub type bridge; ip link add port0 type veth peer name port1; "
+    return f"set -e; {PATH}; {made}" + _rates("port0", 1e6, {"10.77.0.1": 1e6})
 
 
 PATH = "PATH=$PATH:/usr/sbin:/sbin"
 
 
-def _rates(device: str, every: float | None, to: Mapping[str, float], latency: float | None) -> str:
+def _rates(device: str, every: float | None, to: Mapping[str, float]) -> str:
     """Commands that hold what leaves ``device`` to ``every`` bytes per second, and what goes to an address to less."""
     commands = [f"tc qdisc del dev {device} root 2>/dev/null || true"]
-    if every is None and not to and latency is None:
+    if every is None and not to:
         return commands[0]
     unlimited = 12.5e9
     commands += [f"tc qdisc add dev {device} root handle 1: htb default 1",
                  _class(device, "1:", "1:9999", every or unlimited)]  # fmt: skip
     for index, (address, rate) in enumerate([("", every or unlimited), *to.items()], 1):
         commands.append(_class(device, "1:9999", f"1:{index}", min(rate, every or unlimited)))
-        if latency is None:
-            queue = f"bfifo limit {max(4 * BURST, int(rate * QUEUE_SECONDS))}"
-        else:
-            queue = f"netem delay {latency * 1e6:.0f}us limit 100000"
+        queue = f"bfifo limit {max(4 * BURST, int(rate * QUEUE_SECONDS))}"
         commands.append(f"tc qdisc add dev {device} parent 1:{index} {queue}")
         if address:
             commands.append(f"tc filter add dev {device} parent 1: protocol ip u32 match ip dst {address}/32 "

@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, str]] = {
         "skippipe": "headway.experiments.skippipe:experiment",
         "streambp": "headway.experiments.streambp:experiment",
         "ulysses": "headway.experiments.ulysses:experiment",
+        "torchtitan": "headway.experiments.torchtitan:experiment",
         "zeco": "headway.experiments.zeco:experiment",
         "one-epoch": "headway.experiments.one_epoch:experiment",
         "dissecting-runtime": "headway.experiments.dissecting_runtime:experiment",

@@ -2,7 +2,7 @@
 
 `headway.parallel.engine` applies the same steps in the same order to a recipe's model.
 
-Source of the order: Liang et al. (arXiv 2410.06511), section 2.
+Source of the order: Liang et al., TorchTitan (arXiv 2410.06511).
 """
 
 from __future__ import annotations

@@ -4,10 +4,12 @@ Needs gloo and network namespaces (skipped with the reason, where there are none
 `pytest tests/parallel/test_network.py`.
 """
 
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +160,25 @@ def test_a_layout_pays_for_the_bytes_it_sends(cluster: Cluster) -> None:
     assert wire["weights"] > 10 * wire["activations"]
     assert 0.85 * wire["weights"] < slow["weights"] < 1.6 * wire["weights"] + 2 * fast["weights"]
     assert slow["weights"] > 2 * slow["activations"], "more than twice as slow, and without shaping it is not"
+
+
+@pytest.mark.slow
+def test_a_rank_whose_neighbour_dies_ends_and_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    recipe(parallel={"pipeline": 2}, train={"steps": 100_000}, log={"every": 1}).save(path)
+    command = [sys.executable, "-m", "headway.cli.main", "train", str(path), "--run", str(tmp_path / "run")]
+    with Cluster(2, bandwidth="50MB/s", latency="1ms") as pair:
+        pair.start(command)
+        end = time.monotonic() + 90
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < end, pair.output(0)
+            time.sleep(0.1)
+        time.sleep(0.5)
+        pair.kill(1)
+        start = time.monotonic()
+        first, second = pair.wait(timeout=60)
+        assert time.monotonic() - start < 30
+    assert second.status == -signal.SIGKILL
+    assert first.status == 2 and "Traceback" not in first.output, first.output
+    said = r"pipeline rank 0: .* pass of micro-batch \d .* pipeline rank 1|step \d+: another rank is gone or silent"
+    assert re.search(said, first.output), first.output

@@ -26,6 +26,9 @@ from headway.core.trainer import Trainer
 # mathematics, but for the order of its sums.
 RESUMABLE = ("name", "log", "eval", "checkpoint", "strict", "parallel")
 
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""What gloo says of a rank that has died or hangs; which of it depends on what this rank was doing."""
+
 
 def train(
     recipe: Recipe | dict[str, Any] | str | Path,
@@ -82,8 +85,8 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(trainer, error, planned=plan is not None) from error
-            if engine.world > 1 and "onnection closed by peer" in str(error):
-                raise HeadwayError(f"step {trainer.step + 1}", "another rank is gone") from error
+            if engine.world > 1 and any(sign in str(error) for sign in GONE):
+                raise HeadwayError(f"step {trainer.step + 1}", "another rank is gone or silent") from error
             raise
         summary = summarize(trainer, path, time.perf_counter() - started)
         if plan is not None:

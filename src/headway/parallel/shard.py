@@ -41,14 +41,16 @@ def shard_weights(
     """
     dtype = DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    # Stages of a pipeline run once for each micro-batch: gathering their weights each time would cost more than it saves.
+    again = None if parts[0] is model else False
     blocks = [block for block in structure(model).blocks if not isinstance(block, Absent)]
     if experts is not None:
         for layer in moe_layers(model):
-            fully_shard(layer.experts, mesh=experts, mp_policy=policy)
+            fully_shard(layer.experts, mesh=experts, mp_policy=policy, reshard_after_forward=again)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     for part in parts:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
         if hasattr(part, "hidden"):  # the loss goes through it, past `forward` and the hooks on it
             register_fsdp_forward_method(part, "hidden")
         for module in fsdp_modules(part):

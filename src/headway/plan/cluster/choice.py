@@ -37,6 +37,11 @@ class Choice:
         """``reduce_once``, or its default."""
         return self.layout.pipeline > 1 if self.reduce_once is None else self.reduce_once
 
+    def gathers(self, micro_batches: int) -> int:
+        """How often divided weights are gathered in a step: for both passes of every micro-batch, but by a pipeline's
+        stages, which keep them, once."""
+        return 1 if self.layout.pipeline > 1 else 2 * micro_batches
+
     @property
     def stages(self) -> int:
         """Pieces into which the blocks are cut."""

@@ -54,7 +54,7 @@ class StageCost:
     tensor: Traffic
     """Sent to the tensor group, both passes."""
     gather: Traffic
-    """Sent to gather divided weights, for both passes of a micro-batch."""
+    """Sent to gather divided weights once."""
     reduce: Traffic
     """Sent to sum gradients, once."""
 
@@ -163,11 +163,11 @@ def _stage(
 def _weights(
     parameters: float, choice: Choice, cluster: Cluster, size: int, reduce_bytes: int
 ) -> tuple[Traffic, Traffic]:
-    """Gathering a stage's weights for either pass of a micro-batch, and summing its gradients (FSDP2, HSDP)."""
+    """Gathering a stage's weights, and summing its gradients (FSDP2, HSDP)."""
     layout = choice.layout
     shards = layout.shard * layout.sequence
     link = cluster.link(layout.tensor * shards)
-    gather = ring(parameters * size, shards, link, rounds=1) * 2
+    gather = ring(parameters * size, shards, link, rounds=1)
     reduce = ring(parameters * reduce_bytes, shards, link, rounds=1)
     everyone = cluster.link(layout.tensor * shards * layout.replicate)
     return gather, reduce + ring(parameters / shards * reduce_bytes, layout.replicate, everyone)

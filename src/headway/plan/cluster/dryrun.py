@@ -249,8 +249,9 @@ class _Rank:
         parameters = sum(self.local.values())
         sent: dict[str, Sent] = {}
         for (name, reduces), counted in self.counter.sent.items():
-            # A pipeline sums its gradients over data ranks once, after its last micro-batch.
-            once = choice.reductions_once and reduces and name in ("weights", "replicate")
+            # A pipeline gathers its weights once, and sums its gradients over data ranks after its last micro-batch.
+            rare = choice.reductions_once if reduces else choice.layout.pipeline > 1
+            once = rare and name in ("weights", "replicate")
             times = 1 if once else micro_batches
             total = sent.setdefault(name, Sent())
             total.messages += counted.messages * times

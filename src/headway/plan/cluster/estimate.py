@@ -135,7 +135,7 @@ def _finish(
     layout, m = choice.layout, choice.micro_batches(batch)
     ranks = range(layout.pipeline)
     own = [[costs[choice.stage(rank, chunk)] for chunk in range(choice.chunks)] for rank in ranks]
-    gather = max(sum(cost.gather.seconds for cost in stages) for stages in own) * m
+    gather = max(sum(cost.gather.seconds for cost in stages) for stages in own) * choice.gathers(m)
     reduce = max(sum(cost.reduce.seconds for cost in stages) for stages in own)
     times = 1 if choice.reductions_once else m
     held = max(sum(cost.parameters for cost in stages) for stages in own) / (layout.shard * layout.sequence)
@@ -155,6 +155,9 @@ def _finish(
         sent={
             "tensor": max(sum(cost.tensor.bytes for cost in stages) for stages in own) * m,
             "pipeline": crossed.bytes * max(edges(choice, rank) for rank in ranks) * m,
-            "weights": max(sum(cost.gather.bytes * m + cost.reduce.bytes * times for cost in stages) for stages in own),
+            "weights": max(
+                sum(cost.gather.bytes * choice.gathers(m) + cost.reduce.bytes * times for cost in stages)
+                for stages in own
+            ),
         },
     )

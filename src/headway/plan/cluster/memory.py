@@ -79,6 +79,8 @@ def held(
     block = shape.block_parameters / layout.tensor
     # Two blocks are whole at a time, the one at work and the next, and one gradient that is not divided yet.
     gathered = (2 * block + ends + max(block, ends)) * size if divided else 0.0
+    if divided and layout.pipeline > 1:  # all of a stage's weights, and their sums of gradients until the last one
+        gathered = parameters * layout.shard * layout.sequence * (size + max(size, 4))
     tokens = choice.micro_batch * shape.sequence / layout.sequence
     stream = tokens * shape.hidden * size / (layout.tensor if choice.divided_stream else 1)
     again = shape.kept_elements(tokens, layout.tensor, choice.divided_stream) * size if choice.recompute else stream

@@ -1,6 +1,6 @@
 """PTD-P's experiment: its tables, fits that predict rows they have not seen, a padded pipeline, exact layouts.
 
-Run: pytest tests/experiments/test_megatron_ptdp.py
+Needs nothing. Run: pytest tests/experiments/test_megatron_ptdp.py
 """
 
 import pytest

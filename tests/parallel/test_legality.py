@@ -1,6 +1,8 @@
-"""Layouts that do not fit are refused in one sentence before any rank starts; `pytest tests/parallel/test_legality.py`.
+"""Layouts that do not fit are refused in one sentence before any rank starts.
 
 No process group, no model and no data is made here: that the refusals come without them is part of what is tested.
+
+Needs gloo. Run: pytest tests/parallel/test_legality.py
 """
 
 import re

@@ -1,4 +1,7 @@
-"""Schedule tables: complete, in order, without deadlock. `pytest tests/parallel/test_pipeline_tables.py`."""
+"""Schedule tables: complete, in order, without deadlock. `pytest tests/parallel/test_pipeline_tables.py`.
+
+Needs gloo. Run: pytest tests/parallel/test_pipeline_tables.py
+"""
 
 import random
 

@@ -1,4 +1,7 @@
-"""A checkpoint that one layout wrote is resumed in any other, losses equal; `pytest tests/parallel/test_reshard.py`."""
+"""A checkpoint that one layout wrote is resumed in any other, losses equal.
+
+Needs gloo. Run: pytest tests/parallel/test_reshard.py
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Tensor parallelism against one process, on forked ranks, in fp64. Needs nothing."""
+"""Tensor parallelism against one process, on forked ranks, in fp64.
+
+Needs gloo. Run: pytest tests/parallel/test_tensor.py
+"""
 
 from contextlib import nullcontext
 from typing import Any

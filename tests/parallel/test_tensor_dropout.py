@@ -1,4 +1,7 @@
-"""Random masks on the ranks of a tensor group: common where the values are, each rank's own where they are not."""
+"""Random masks on the ranks of a tensor group: common where the values are, each rank's own where they are not.
+
+Needs gloo. Run: pytest tests/parallel/test_tensor_dropout.py
+"""
 
 from typing import Any
 

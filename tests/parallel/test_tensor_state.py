@@ -1,4 +1,7 @@
-"""Divided models: saved in one layout and loaded in another, and what is refused. Needs nothing."""
+"""Divided models: saved in one layout and loaded in another, and what is refused.
+
+Needs gloo. Run: pytest tests/parallel/test_tensor_state.py
+"""
 
 from pathlib import Path
 from typing import Any

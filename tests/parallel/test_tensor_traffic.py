@@ -1,4 +1,7 @@
-"""What the ranks of a tensor group send each other, counted in elements, against the formulas of the papers."""
+"""What the ranks of a tensor group send each other, counted in elements, against the formulas of the papers.
+
+Needs gloo. Run: pytest tests/parallel/test_tensor_traffic.py
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
 """Costs for a plan: weights and kept activations of models that are built, profiles, messages, PTD-P's Table 1.
 
-Run: pytest tests/plan/test_cluster_costs.py
+Needs nothing. Run: pytest tests/plan/test_cluster_costs.py
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """The dry run: what it counts against the formulas and against ranks that exist; hundreds of ranks; the command.
 
-Run: pytest tests/plan/test_cluster_dryrun.py
+Needs nothing. Run: pytest tests/plan/test_cluster_dryrun.py
 """
 
 import json

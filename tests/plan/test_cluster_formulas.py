@@ -1,6 +1,6 @@
 """PTD-P's formulas: the paper's ten models, models that are built, counted operations, brute force.
 
-Run: pytest tests/plan/test_cluster_formulas.py
+Needs nothing. Run: pytest tests/plan/test_cluster_formulas.py
 """
 
 import math

@@ -1,6 +1,6 @@
 """The planner: the rules, what does not fit, brute force, legality; and the command that prints it.
 
-Run: pytest tests/plan/test_cluster_planner.py
+Needs nothing. Run: pytest tests/plan/test_cluster_planner.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """The simulator against the formulas: bubble, stash, deadlock, messages; schedules written out here, and the runtime's.
 
-Run: pytest tests/plan/test_cluster_simulator.py
+Needs nothing. Run: pytest tests/plan/test_cluster_simulator.py
 """
 
 import random

@@ -7,6 +7,7 @@ Source of the order: Liang et al., TorchTitan (arXiv 2410.06511).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,16 +48,16 @@ class Composed:
             self.stages = make_stages(self.model, self.pipeline.cuts, self.pipeline.rank)
 
 
-class Step:
+class Step(ABC):
     """One of the steps of `compose`."""
 
     name: str
     first: str
     """Why no later step may come before it."""
 
+    @abstractmethod
     def apply(self, to: Composed) -> None:
         """Change the model in place."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

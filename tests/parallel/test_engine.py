@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
+from headway.core.build import build_trainer
+from headway.parallel.local import run_ranks
 from headway.parallel.parity import parity
 from tests.parallel.recipes import recipe
 
@@ -54,6 +57,23 @@ def test_micro_batches_and_untied_heads_change_nothing(name: str) -> None:
 def test_half_precision_is_near() -> None:
     found = parity(recipe(parallel={"shard": 2, "tensor": 2}, train={"precision": "bf16"}), 4, steps=2)
     assert 0 < found.loss_difference < 2e-3, found
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline x tensor", "shard x tensor"])
+def test_half_precision_is_that_of_one_process(layout: str) -> None:
+    """Weights that tensor ranks share are rounded too, and so are the products: fp32 would be near as well."""
+    ranks, parallel = LAYOUTS[layout]
+
+    def widths(_: int) -> set[torch.dtype]:
+        trainer = build_trainer(recipe(parallel=parallel, train={"precision": "bf16"}))
+        seen: set[torch.dtype] = set()
+        for module in trainer.model.modules():
+            if hasattr(module, "gate"):
+                module.gate.register_forward_hook(lambda _m, _i, product: seen.add(product.dtype))  # type: ignore[union-attr]
+        trainer.train_step()
+        return seen
+
+    assert all(found == {torch.bfloat16} for found in run_ranks(ranks, widths))
 
 
 FAMILIES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {

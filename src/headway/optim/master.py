@@ -29,7 +29,11 @@ def lower_precision(model: torch.nn.Module, dtype: torch.dtype) -> dict[Tensor, 
         if parameter.is_floating_point() and parameter.dtype != dtype:
             if parameter.requires_grad:
                 before[parameter] = parameter.data
-            parameter.data = parameter.data.to(dtype)
+            rounded: Any = parameter.data.to(dtype)
+            parameter.data = rounded
+            if hasattr(parameter, "_local_tensor"):  # assigning a DTensor's data leaves the rank's own part as it was
+                divided: Any = parameter
+                divided._local_tensor, divided._spec = rounded._local_tensor, rounded._spec
     return before
 
 

@@ -82,6 +82,7 @@ def test_work_is_counted_for_the_experts_that_a_token_visits() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"top_k": 1}, "false where top_k is 1"),
         ({"top_k": 5}, "at most experts"),
         ({"dense_layers": 3}, "fewer than layers"),
         ({"pad": True}, "capacity"),

@@ -100,7 +100,7 @@ class LoadBalancingLoss:
     def __init__(self, experts: int, *, scope: Group | bool | None = None, buffer: bool = True) -> None:
         self.experts, self.scope, self.buffer = experts, scope, buffer
         self._counted: dict[int, Tensor] = {}
-        self._last: dict[int, tuple[Any, Tensor]] = {}
+        self._shares: dict[tuple[int, Any], Tensor] = {}  # by layer and micro-batch, until the step is over
 
     def __call__(
         self,
@@ -120,27 +120,28 @@ class LoadBalancingLoss:
             mask: bool [n], the tokens that count.
             layer: which one; each has its own counts.
             tokens: as `load_balancing_loss` has it.
-            micro_batch: its number or name. A second call with the same one counts nothing: recomputation of
-                activations runs every router twice.
+            micro_batch: its number or name. A second call with the same one counts nothing, whatever micro-batches came
+                between them: recomputation of activations runs every router twice.
 
         Returns:
             A scalar.
         """
-        known, shares = self._last.get(layer, (None, None))
-        if shares is None or micro_batch is None or known != micro_batch:
+        shares = self._shares.get((layer, micro_batch))
+        if shares is None:
             counts = expert_counts(indices, self.experts, mask)
             if self.scope is not False:
                 counts = sum_over(counts, self.scope)
             if self.buffer:
                 counts = self._counted[layer] = counts + self._counted.get(layer, 0)
             shares = frequencies(counts)
-            self._last[layer] = (micro_batch, shares)
+            if micro_batch is not None:
+                self._shares[layer, micro_batch] = shares
         return load_balancing_loss(probs, shares, mask, tokens)
 
     def step(self) -> None:
         """The optimizer has stepped, or the step was skipped: count anew."""
         self._counted.clear()
-        self._last.clear()
+        self._shares.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of a step that is under way."""
@@ -148,4 +149,4 @@ class LoadBalancingLoss:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the middle of that step."""
-        self._counted, self._last = dict(state["counted"]), {}
+        self._counted, self._shares = dict(state["counted"]), {}

@@ -68,6 +68,19 @@ def test_equals_the_dense_loop_in_the_grouped_product(dtype: torch.dtype, tolera
     torch.testing.assert_close(model(x).double(), y, rtol=tolerance, atol=tolerance * float(y.detach().abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_and_gradients_in_any_order_of_memory(dtype: torch.dtype) -> None:
+    experts, counts = layer(hidden=16, dtype=dtype).experts, torch.tensor([3, 0, 2, 0, 5, 0])
+    rows, grad = torch.randn(16, 10, dtype=dtype).T, torch.randn(16, 10, dtype=dtype).T
+    for given in (grad, torch.ones((), dtype=dtype).expand(10, 16)):  # transposed; of a plain sum, with strides of 0
+        found = [
+            torch.autograd.grad(experts(x, counts), [x, *experts.parameters()], g)
+            for x, g in ((rows.requires_grad_(), given), (rows.detach().clone().requires_grad_(), given.contiguous()))
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_grouped_product_and_loop_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     rows, weight = torch.randn(30, 8, requires_grad=True), torch.randn(4, 12, 8, requires_grad=True)

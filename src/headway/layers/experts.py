@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, n = B T, D channels, F channels inside an expert, E e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +75,23 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     if _grouped(rows, weight):
         offsets = counts.cumsum(0).to(torch.int32)
-        return torch._grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+        products = torch._grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets)
+        return _ContiguousGradient.apply(products)
     parts = rows.split(counts.tolist())
     # One unbind, not E indexings: the gradient of each of those would be a whole [E, O, I] of zeros but for one slice.
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight.unbind(), strict=True)])
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The grouped product's gradient refuses what a sum or a transposition hands back: strides of 0, or other order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _grouped(rows: Tensor, weight: Tensor) -> bool:

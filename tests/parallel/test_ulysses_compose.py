@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from headway.core.surgery import replace_blocks
 from headway.layers.attention import attention_reference
@@ -103,3 +104,30 @@ def test_tensor_parallelism_cuts_heads_first(kind: str, sequence: bool) -> None:
 
     for loss, grad in run_ranks(4, work):
         assert abs(loss) < 1e-9 and grad < 1e-9
+
+
+def test_heads_that_tensor_parallelism_has_cut_are_said() -> None:
+    def work(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "tensor"))
+        model = build_model(LlamaConfig(hidden=24, layers=1, heads=6, kv_heads=6, vocab=40, context=32), seed=0)
+        tensor_parallel(model, mesh["tensor"])
+        return sequence_parallel(model, mesh["sequence"])
+
+    assert "3 heads do not divide among 2 ranks: they attend with 2 or 1" in run_ranks(4, work)[0][1]
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (2, 2)])
+def test_attention_recomputed_by_itself_where_a_rank_has_no_heads(heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(2, h, 24, 8, generator=generator, dtype=torch.float64) for h in (heads[0], heads[1], heads[1])]
+    leaves = [x.clone().requires_grad_() for x in whole]
+    expected = torch.autograd.grad(attention_reference(*leaves).pow(2).sum(), leaves)
+
+    def work(rank: int) -> float:
+        own = own_positions(24, rank, 4)
+        part = [x[:, :, own].clone().requires_grad_() for x in whole]
+        y = checkpoint(ulysses_attention, *part, use_reentrant=False)
+        found = torch.autograd.grad(y.pow(2).sum(), part)
+        return max(float((a - b[:, :, own]).abs().max()) for a, b in zip(found, expected, strict=True))
+
+    assert max(run_ranks(4, work, timeout=20)) < 1e-12

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from headway.core.clip import local
 from headway.core.errors import ModelError
 from headway.models import gpt2, llama
 from headway.models.gpt2 import GPT2
@@ -99,7 +100,8 @@ def sequence_parallel(
     _require_positions(model)
     changes = [f"{len(found)} attentions share each sequence among {mesh.size()} ranks by {words}"]
     row = mesh.size() // rings
-    heads, kv_heads = (part.weight.shape[0] // found[0].head_dim for part in (found[0].q, found[0].k))
+    # Of this rank, where tensor parallelism has cut them.
+    heads, kv_heads = (local(part.weight).shape[0] // found[0].head_dim for part in (found[0].q, found[0].k))
     if heads % row:
         shares = sorted({len(of) for of in share_heads(heads, kv_heads, row).queries}, reverse=True)
         changes.append(f"{heads} heads do not divide among {row} ranks: they attend with {shares[0]} or {shares[1]}, "

@@ -123,5 +123,6 @@ def ulysses_attention(
             k, v = k.index_select(1, each), v.index_select(1, each)
         y = attend(q, k, v, segments=segments, window=window, causal=causal, scale=scale)  # [B, H/P, T, hd]
     else:
-        y = q
+        # Of nothing, but it keeps a tensor as attention does: where that is recomputed, all ranks exchange heads again.
+        y = q * q
     return exchange((y,), (Split(stretch, shares),), scatter_dim=2, gather_dim=1, link=link)[0]

@@ -213,6 +213,17 @@ def test_nothing_is_dropped_in_evaluation_and_padded_shapes_are_static() -> None
     assert run_ranks(2, work) == [(rows,) * 4] * 2
 
 
+def test_padding_of_unequal_bags_is_refused_by_every_rank() -> None:
+    def work(rank: int) -> str:
+        pair = fold(4, expert=2, expert_tensor=2)
+        with pytest.raises(MethodError) as error:
+            on_ranks(layer(capacity=Capacity(1.0, pad=True)), tokens(4), pair, mine=lambda r: tokens(4)[r, :, : 3 + r])
+        return str(error.value)
+
+    for said in run_ranks(4, work, timeout=20):
+        assert "as many tokens on every rank" in said and "[2, 2, 2, 3]" in said
+
+
 def test_rows_are_counted_by_group_and_by_node() -> None:
     model, x = layer(top_k=2), tokens(4)
 

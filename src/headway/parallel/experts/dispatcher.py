@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from headway.core.errors import MethodError
 from headway.layers.capacity import Capacity, kept
 from headway.layers.experts import Experts
 from headway.layers.permute import Permutation, combine, permute, plan
@@ -49,7 +50,8 @@ class Dispatcher(ABC):
         experts: their number E, over all ranks.
         expert: the ranks that hold different experts; None: this rank alone.
         expert_tensor: the ranks that hold parts of the same experts.
-        capacity: a limit on the rows of an expert while training; None: nothing is dropped.
+        capacity: a limit on the rows of an expert while training; None: nothing is dropped. With its ``pad``, all ranks
+            have the same number of tokens in every call.
         sequence: decide what is dropped over the tokens of these ranks, which share sequences; None: this rank's alone.
         node: ranks per node, for the count of bytes that leave it.
     """
@@ -72,6 +74,7 @@ class Dispatcher(ABC):
         self.mine = experts // self.expert.size
         """Experts on this rank."""
         self.load = Load(0, 0.0, (0,) * self.mine)
+        self._agreed = False  # whether ranks have compared the rows that they pad to
 
     @abstractmethod
     def __call__(self, rows: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -134,11 +137,22 @@ class AllToAll(Dispatcher):
         """
         ep, et, sent = self.expert.size, self.expert_tensor.size, permutation.counts
         if pad is not None:  # known beforehand, and the same on every rank: nothing to tell, nothing to wait for
+            if not self._agreed:
+                self._check_pad(pad, sent.device)
             every = torch.full((et, ep, self.mine), pad)
             return every.to(sent.device), HostCopy(torch.cat([torch.full((self.experts,), pad), every.flatten()]))
         mine = self.expert.all_to_all(sent.view(ep, self.mine), [1] * ep, [1] * ep)  # [ep, Em]
         every = self.expert_tensor.all_gather(mine.unsqueeze(0), [1] * et)  # [et, ep, Em]
         return every, HostCopy(torch.cat([sent, every.flatten()]))
+
+    def _check_pad(self, pad: int, device: torch.device) -> None:
+        """At the first call: ranks that pad to different numbers of rows would wait for each other's for ever."""
+        mine = self.expert.all_gather(torch.tensor([pad], device=device), [1] * self.expert.size)
+        every = self.expert_tensor.all_gather(mine, [self.expert.size] * self.expert_tensor.size).tolist()
+        if len(set(every)) > 1:
+            raise MethodError("model.pad", f"needs as many tokens on every rank, and they fill experts up to {every} rows",
+                              hint="make micro-batches of one size, or pad: false")  # fmt: skip
+        self._agreed = True
 
     def _splits(self, copy: HostCopy) -> tuple[list[int], list[list[list[int]]]]:
         """Rows that I send to each rank, [ep], and that come from each source for each of my experts, [et][ep][Em]."""

@@ -15,6 +15,7 @@ and the appendix on its gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +93,8 @@ def linear_attention(
     chunk = min(chunk, 1 << (q.shape[2] - 1).bit_length())  # one token needs no chunk of 64
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay.unsqueeze(-1)
-    y, last = _LinearAttention.apply(q, k, v, log_decay, state, starts, chunk, carry)
+    with _exact(q.device.type):
+        y, last = _LinearAttention.apply(q, k, v, log_decay, state, starts, chunk, carry)
     return y, last
 
 
@@ -199,6 +201,11 @@ class _LinearAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """No autocast: it would form products of states in half precision."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _states(parts: Chunks) -> tuple[Tensor, Tensor]:

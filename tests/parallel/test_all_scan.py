@@ -203,12 +203,14 @@ TOKENS = torch.randint(31, (2, 41), generator=torch.Generator().manual_seed(5))
 SEGMENTS = torch.tensor([[0] * 7 + [1] * 33, [0] * 20 + [1] * 20])
 
 
-def model_gradients(model: Any, here: slice, segments: bool, micro: int = 1) -> dict[str, Tensor]:
+def model_gradients(
+    model: Any, here: slice, segments: bool, micro: int = 1, tokens: Tensor = TOKENS
+) -> dict[str, Tensor]:
     """Gradients summed over both rows; ``micro`` forward passes before the one backward pass."""
     model.zero_grad()
     losses = []
     for rows in torch.arange(2).chunk(micro):
-        x, y = TOKENS[rows, :-1][:, here], TOKENS[rows, 1:][:, here]
+        x, y = tokens[rows, :-1][:, here], tokens[rows, 1:][:, here]
         positions = torch.arange(here.start, here.stop)
         hidden = model.hidden(x, positions=positions, segments=SEGMENTS[rows][:, here] if segments else None)
         losses.append(F.cross_entropy((hidden @ model.head_weight.T).flatten(0, 1), y.flatten(), reduction="sum"))
@@ -243,6 +245,76 @@ def test_a_model_over_ranks_equals_one_process_with_recomputation_too() -> None:
         assert said == ["3 blocks of linear attention hand their state along 4 ranks by a gather (LASP-2)"]
         for method in ("all-scan", "lasp1", "lasp2"):  # nothing is sent again
             assert received[f"{method} True"] == received[f"{method} False"] > 0
+
+
+def test_recomputation_tells_micro_batches_apart_that_are_alike_on_a_rank() -> None:
+    """What a rank itself adds to the state is then the same for both, and what comes from the left is not."""
+    alike = TOKENS.clone()
+    alike[1, 10:] = alike[0, 10:]  # two rows that differ on rank 0 alone
+    ends = TOKENS.clone()
+    ends[:, 9::10] = 3  # each rank's last document is one token, the same in both rows
+    documents = ((torch.arange(40) + 1) // 10).expand(2, -1)
+
+    def gradients(model: Any, tokens: Tensor, segments: Tensor | None, here: slice, order: list[int]) -> list[Tensor]:
+        model.zero_grad()
+        losses = []
+        for row in range(2):
+            own = None if segments is None else segments[row : row + 1, here]
+            x, y = tokens[row : row + 1, here], tokens[row, here.start + 1 : here.stop + 1]
+            hidden = model.hidden(x, positions=torch.arange(here.start, here.stop), segments=own)
+            losses.append((1 + row) * F.cross_entropy((hidden @ model.head_weight.T)[0], y, reduction="sum"))
+        for row in order:  # as pipelines do: several on their way, and in either order
+            losses[row].backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def work(rank: int) -> dict[str, float]:
+        mesh, here, worst = init_device_mesh("cpu", (4,)), slice(10 * rank, 10 * rank + 10), {}
+        for name, tokens, segments in (("alike", alike, None), ("ends", ends, documents)):
+            for method in ("all-scan", "lasp2"):
+                plain, model = (build_model(CONFIG, seed=0).double() for _ in range(2))
+                scan_parallel(model, mesh, method=method)
+                replace_blocks(model.blocks, RecomputedBlock, "test")
+                for order in ([0, 1], [1, 0]):
+                    expected = gradients(plain, tokens, segments, slice(0, 40), order)
+                    found = gradients(model, tokens, segments, here, order)
+                    for grad in found:
+                        dist.all_reduce(grad)
+                    error = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+                    worst[f"{name} {method} {order}"] = error
+        return worst
+
+    for found in run_ranks(4, work):
+        assert len(found) == 8 and max(found.values()) < 1e-10, found
+
+
+def test_documents_of_a_tensor_that_is_used_again() -> None:
+    """A loop that copies each batch into one tensor: what was asked of the neighbour is asked anew."""
+
+    def work(rank: int) -> float:
+        model, plain = (build_model(CONFIG, seed=0).double() for _ in range(2))
+        scan_parallel(model, init_device_mesh("cpu", (2,)))
+        here, worst = slice(20 * rank, 20 * rank + 20), 0.0
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                buffer = torch.empty(2, 20, dtype=torch.long)
+                for segments in (SEGMENTS, (torch.arange(40) // 20).expand(2, -1), SEGMENTS):
+                    buffer.copy_(segments[:, here])
+                    found = model.hidden(TOKENS[:, :-1][:, here], segments=buffer)
+                    expected = plain.hidden(TOKENS[:, :-1], segments=segments)[:, here]
+                    worst = max(worst, float((found - expected).abs().max()))
+        return worst
+
+    assert max(run_ranks(2, work)) < 1e-10
+
+
+def test_under_autocast_states_and_decays_stay_fp32() -> None:
+    def work(rank: int) -> list[float]:
+        q, k, v, _, g = (x[:, :, 20 * rank : 20 * rank + 20].float() for x in inputs("vector"))
+        plain = sp_linear_attention(q, k, v, g)
+        with torch.autocast("cpu", torch.bfloat16):
+            return [float((sp_linear_attention(q, k, v, g) - plain).abs().max())]
+
+    assert run_ranks(2, work) == [[0.0], [0.0]]
 
 
 def test_wrong_orders_and_models_are_refused() -> None:

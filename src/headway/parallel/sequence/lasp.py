@@ -10,9 +10,9 @@ Chou et al., ZeCO, arXiv 2507.01004.
 
 from __future__ import annotations
 
-import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,35 +24,28 @@ from headway.parallel.sequence.links import Links
 ScanMethod = Literal["zeco", "lasp1", "lasp2"]
 
 
-class KeptStates:
-    """States that a layer has fetched and whose backward pass is still to come.
+def fetched_before(carry: StateCarry) -> Tensor | None:
+    """The state that ``carry`` fetched in the forward pass of which this is a recomputation; ``None`` if it is none.
 
-    Where activations are recomputed, the forward pass runs once more within the backward pass: the state is taken from
-    here then instead of being sent again. The graph of the first forward pass keeps it alive, this only finds it.
+    A recomputation runs within the backward pass, when something that a block saved is asked for. From there the graph
+    leads to the node of the first forward pass, which has the state, and to no other micro-batch's: graphs of several
+    that are on their way meet in their loss alone. A state is not looked up by what this rank adds to it, since
+    micro-batches that are alike here may differ to the left.
     """
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[weakref.ref[Tensor], Tensor]] = []
-
-    def add(self, fetched: Tensor, own: Tensor) -> None:
-        """Remember ``fetched`` as what belongs to a rank's own state ``own``."""
-        self._entries = [entry for entry in self._entries if entry[0]() is not None]
-        self._entries.append((weakref.ref(fetched), _digest(own)))
-
-    def find(self, own: Tensor) -> Tensor | None:
-        """The state fetched before, if this is a recomputation."""
-        if torch._C._current_graph_task_id() == -1:  # no backward pass is going on
-            return None
-        alive = [(state, digest) for reference, digest in self._entries if (state := reference()) is not None]
-        if len(alive) < 2:
-            return alive[0][0] if alive else None
-        # Several micro-batches are on their way: it is the one whose own state was this one.
-        here = _digest(own)
-        return min(alive, key=lambda entry: float((entry[1] - here).abs()))[0]
-
-
-def _digest(state: Tensor) -> Tensor:
-    return state.double().square().sum()
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is going on
+        return None
+    waiting: deque[Any] = deque([torch._C._current_autograd_node()])
+    seen = set(waiting)
+    while waiting:
+        node = waiting.popleft()
+        if getattr(node, "carry", None) is carry:
+            kept: Tensor = node.kept
+            return kept
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return None
 
 
 class StateCarry:
@@ -62,29 +55,19 @@ class StateCarry:
         links: to those ranks.
         method: how states travel.
         blocks: of All-Scan.
-        kept: where recomputation finds the states of its first forward pass.
+        layer: it carries the states of one layer, and recomputation gets them without asking again.
     """
 
-    def __init__(self, links: Links, method: ScanMethod = "zeco", blocks: int = 4, kept: KeptStates | None = None):
+    def __init__(self, links: Links, method: ScanMethod = "zeco", blocks: int = 4, layer: bool = False) -> None:
         if method not in get_args(ScanMethod):
             raise HeadwayError("method", got=method, expected=" or ".join(get_args(ScanMethod)),
                                hint=nearest(str(method), get_args(ScanMethod)))  # fmt: skip
-        self.links, self.method, self.blocks, self.kept = links, method, blocks, kept
+        self.links, self.method, self.blocks, self.layer = links, method, blocks, layer
 
     def forward(self, state: Tensor, decay: Tensor) -> Callable[[], Tensor]:
         """Start to fetch the state before this rank's first token."""
-        found = self.kept.find(state) if self.kept is not None else None
-        if found is not None:
-            return lambda: found
-        fetch = self._fetch(state, decay, reverse=False)
-
-        def wait() -> Tensor:
-            fetched = fetch()
-            if self.kept is not None:
-                self.kept.add(fetched, state)
-            return fetched
-
-        return wait
+        found = fetched_before(self) if self.layer else None
+        return self._fetch(state, decay, reverse=False) if found is None else lambda: found
 
     def backward(self, grad: Tensor, decay: Tensor) -> Callable[[], Tensor]:
         """Start to fetch the gradient of the state after this rank's last token."""

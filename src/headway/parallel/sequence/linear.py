@@ -21,7 +21,7 @@ from headway.layers.chunks import check_log_decay
 from headway.layers.linear_attention import CHUNK, linear_attention
 from headway.models.gla import GatedLinearAttention
 from headway.models.llama import Attention
-from headway.parallel.sequence.lasp import KeptStates, ScanMethod, StateCarry
+from headway.parallel.sequence.lasp import ScanMethod, StateCarry
 from headway.parallel.sequence.links import Links, document_before, links_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ScannedAttention:
 
     def __init__(self, links: Links, method: ScanMethod, blocks: int, documents: WeakIdKeyDictionary) -> None:
         self.links, self._documents = links, documents
-        self._carry = StateCarry(links, method, blocks, KeptStates())
+        self._carry = StateCarry(links, method, blocks, layer=True)
         # Made here and not by a decorator, since it imports the compiler, which takes a second.
         self._uncompiled = torch.compiler.disable(self._attend)
 
@@ -103,9 +103,13 @@ class ScannedAttention:
             raise ModelError(self.links.where, f"shares sequences among {self.links.size} ranks and cannot generate")
         before = None
         if segments is not None:
-            if segments not in self._documents:  # asked once for all layers; a recomputed block brings the same tensor
-                self._documents[segments] = document_before(segments, self.links)
-            before = self._documents[segments]
+            # Asked once for all layers, and a recomputed block brings the same tensor; but it may be filled anew, of
+            # which tensors made in inference mode say nothing.
+            filled = None if segments.is_inference() else segments._version
+            known, before = self._documents.get(segments, (None, None))
+            if filled is None or filled != known:
+                before = document_before(segments, self.links)
+                self._documents[segments] = filled, before
         return linear_attention(q, k, v, log_decay, segments=segments, before=before, chunk=chunk, carry=self._carry)
 
 

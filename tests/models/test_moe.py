@@ -82,7 +82,6 @@ def test_work_is_counted_for_the_experts_that_a_token_visits() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 1}, "false where top_k is 1"),
         ({"top_k": 5}, "at most experts"),
         ({"dense_layers": 3}, "fewer than layers"),
         ({"pad": True}, "capacity"),
@@ -94,6 +93,12 @@ def test_work_is_counted_for_the_experts_that_a_token_visits() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_options(MoEConfig, {**SMALL, **options})
+
+
+def test_a_router_that_could_learn_nothing_is_not_trained() -> None:
+    with pytest.raises(RecipeError, match=r"model\.normalize.*learns nothing"):
+        build_trainer(Recipe.load(tiny_recipe(model={**MODEL, "top_k": 1})))
+    build_trainer(Recipe.load(tiny_recipe(model={**MODEL, "top_k": 1, "normalize": False})))
 
 
 @pytest.mark.parametrize(

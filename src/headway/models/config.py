@@ -177,13 +177,6 @@ class MoEConfig(LlamaConfig):
             raise ValueError(f"at most experts ({experts})")
         return value
 
-    @field_validator("normalize")
-    @classmethod
-    def _normalize(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("top_k") == 1:
-            raise ValueError("false where top_k is 1: a weight divided by itself is 1, and the router learns nothing")
-        return value
-
     @field_validator("dense_layers")
     @classmethod
     def _dense_layers(cls, value: int, info: ValidationInfo) -> int:

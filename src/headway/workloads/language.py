@@ -91,7 +91,8 @@ class Language(Workload):
         """The recipe's model with the tokenizer's vocabulary filled in.
 
         Raises:
-            RecipeError: the vocabulary is too small for the tokenizer, or the context for the sequences.
+            RecipeError: the vocabulary is too small for the tokenizer, or the context for the sequences; or a new router
+                could learn nothing.
         """
         config: Any = self.recipe.model
         tokenizer, sequence = self.data.tokenizer, self.recipe.data.sequence  # type: ignore[attr-defined]
@@ -106,6 +107,9 @@ class Language(Workload):
             )
         if sequence > getattr(config, "context", sequence):
             raise RecipeError("data.sequence", got=sequence, expected=f"at most model.context ({config.context})")
+        if config.family == "moe" and config.top_k == 1 and config.normalize and not self.recipe.train.from_:
+            raise RecipeError("model.normalize", "divides the weight of one chosen expert by itself: it is 1 whatever the "
+                              "router does, which then learns nothing", hint="normalize: false, or top_k: 2")  # fmt: skip
         return config
 
     def build_model(self, config: Options) -> nn.Module:

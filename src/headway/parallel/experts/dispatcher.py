@@ -150,7 +150,7 @@ class AllToAll(Dispatcher):
         mine = self.expert.all_gather(torch.tensor([pad], device=device), [1] * self.expert.size)
         every = self.expert_tensor.all_gather(mine, [self.expert.size] * self.expert_tensor.size).tolist()
         if len(set(every)) > 1:
-            raise MethodError("model.pad", f"needs as many tokens on every rank, and they fill experts up to {every} rows",
+            raise MethodError("model.pad", f"needs as many tokens on every rank, and they fill experts to {every} rows",
                               hint="make micro-batches of one size, or pad: false")  # fmt: skip
         self._agreed = True
 

@@ -20,7 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
 from headway.core.errors import HeadwayError
+from headway.parallel.pipeline.room import Room
 from headway.parallel.pipeline.trace import Span
+
+_ops = torch.ops._c10d_functional
 
 
 class BoundaryStage(PipelineStage):
@@ -42,8 +45,10 @@ class BoundaryStage(PipelineStage):
         """Pass, micro-batch and the pipeline rank it went to, last."""
         self.running: tuple[str, int] | None = None
         """The pass that this rank is in the middle of."""
+        self.room = Room([self])
+        """Of its rank: the runner has all of a rank's stages share one."""
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
-        self._tensor = None if tensor is None else tensor.get_group()
+        self._group = "" if tensor is None else tensor.get_group().group_name
         self._degree = 1 if tensor is None else tensor.size()
         self._part = 0 if tensor is None else tensor.get_local_rank()
 
@@ -57,10 +62,12 @@ class BoundaryStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """This rank's part of the input."""
+        self.room.empty()
         return self._receive(super().get_fwd_recv_ops(fwd_chunk_id), "forward", fwd_chunk_id, self.stage_index - 1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """This rank's part of the gradient of the output."""
+        self.room.empty()
         return self._receive(super().get_bwd_recv_ops(bwd_chunk_id), "backward", bwd_chunk_id, self.stage_index + 1)
 
     def _send(self, ops: list[dist.P2POp], kind: str, micro: int, target: int) -> list[dist.P2POp]:
@@ -83,12 +90,17 @@ class BoundaryStage(PipelineStage):
                 parts.append((part, op.tensor))
                 op.tensor = part
             self._parts[kind, micro] = parts
+        else:
+            for op in ops:
+                self.room.make(op.tensor)
         return ops
 
     def _arrived(self, kind: str, micro: int) -> None:
         self.awaited.pop((kind, micro), None)
         for part, whole in self._parts.pop((kind, micro), []):
-            dist.all_gather_into_tensor(whole.detach().view(-1), part, group=self._tensor)
+            self.room.make(whole)
+            gathered = _ops.all_gather_into_tensor_out(part, self._degree, self._group, out=whole.detach().view(-1))
+            _ops.wait_tensor(gathered)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         self._arrived("forward", fwd_chunk_id)
@@ -100,6 +112,7 @@ class BoundaryStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As torch's, on record."""
+        self.room.empty()
         with self._on_record("forward", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
@@ -108,11 +121,14 @@ class BoundaryStage(PipelineStage):
         """As torch's, on record."""
         with self._on_record("backward" if full_backward else "input", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if full_backward:
+            self.room.give_back(self, bwd_chunk_id)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As torch's, on record."""
         with self._on_record("weight", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        self.room.give_back(self, bwd_chunk_id)
 
     @contextmanager
     def _on_record(self, kind: str, micro: int) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from headway.core.errors import HeadwayError
 from headway.parallel.pipeline.boundary import BoundaryStage, check_parts, lost_neighbour
 from headway.parallel.pipeline.cuts import Cuts
+from headway.parallel.pipeline.room import Room
 from headway.parallel.pipeline.stages import Stage
 from headway.parallel.pipeline.trace import Span
 
@@ -164,6 +165,9 @@ class PipelineRunner:
             )
             for stage in self.stages
         ]
+        room = Room(wrapped)
+        for stage in wrapped:
+            stage.room = room
         kind: Any = get_schedule_class(SCHEDULES[self.name])
         options = {"loss_fn": lambda loss, _: loss.sum() / self._targets, "scale_grads": False}
         self._schedule = kind(wrapped[0] if self.name in SINGLE else wrapped, self.micro_batches, **options)

@@ -205,10 +205,10 @@ class Trainer:
         Raises:
             CheckpointError: the state belongs to another model, or other methods were on.
         """
-        before, now = sorted(state["changes"]), sorted(self.changes)
-        # Another layout has other parts of the model on rank 0, whose changes are kept.
-        same_layout = state.get("layout", Engine.layout_name) == self.engine.layout_name
-        if before != now or (same_layout and state["changes"] != self.changes):
+        changes = self.engine.common(self.changes)  # rank 0's are kept: others may have other parts of the model,
+        before, now = sorted(state["changes"]), sorted(changes)
+        same_layout = state.get("layout", Engine.layout_name) == self.engine.layout_name  # as rank 0 of another layout
+        if before != now or (same_layout and state["changes"] != changes):
             what = (
                 f"was made with methods {before}, now {now}" if before != now else "methods changed other things then"
             )

@@ -223,7 +223,8 @@ class ParallelEngine(Engine):
         """Clip by the norm over all ranks."""
         holders = self.world // self.layout.pipeline
         masters: dict[Tensor, Tensor] = getattr(optimizer, "masters", {})
-        shared = [masters.get(p, p) for name, p in model.named_parameters() if name == SHARED] if self._pair else []
+        tied = [p for name, p in model.named_parameters() if name == SHARED and p.requires_grad] if self._pair else []
+        shared = [masters.get(p, p) for p in tied]
         elsewhere = set() if self.mesh.at["pipeline"] == 0 else set(shared)
 
         def gradients() -> Tensor:
@@ -301,7 +302,7 @@ class ParallelEngine(Engine):
         """Give the step's random numbers a seed of its own, other than that of ranks with other samples."""
         at = self.layout.coordinates(self.rank)
         place = (at["pipeline"] * self.data_ranks + self.data_rank) * self.layout.sequence + at["sequence"]
-        torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + place)
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + step) * 65_537 + place) % 2**63)
 
     def total(self, value: float) -> float:
         """Ranks that find the same losses count once."""
@@ -340,6 +341,8 @@ class ParallelEngine(Engine):
 
     def load(self, trainer: Trainer) -> dict[str, Any] | None:
         """The newest checkpoint, whatever layout wrote it: every rank reads its own parts."""
+        if self.world == 1:
+            return super().load(trainer)  # of any checkpointer and optimizer
         folder = getattr(trainer.checkpointer, "folder", None)
         if not self.common(folder is not None and bool(checkpoints(folder))):
             return None

@@ -1,0 +1,68 @@
+"""Rare settings of trainings on many ranks: frozen weights, large seeds, resuming in the same layout.
+
+Needs gloo; `pytest tests/parallel/test_corners.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from headway.core.run import Run
+from headway.core.train import train
+from headway.parallel.local import run_ranks
+from headway.parallel.parity import parity
+from headway.workloads import language
+from tests.parallel.recipes import recipe
+
+
+def run_as(ranks: int, steps: int, run: Path, **changes: Any) -> None:
+    """Train up to step ``steps``, saving every third."""
+    base: dict[str, Any] = {"train": {}, "checkpoint": {}, **changes}
+    base["train"] = {"steps": steps, **base["train"]}
+    base["checkpoint"] = {"every": 3, **base["checkpoint"]}
+    wanted = recipe(schedule={"name": "constant", "warmup": 0}, log={"every": 1}, **base)
+    run_ranks(ranks, lambda rank: train(wanted, run=run) and None, timeout=60)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in Run(run).metrics()]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {"pipeline": 2}), (2, {"shard": 2}), (2, {"tensor": 2})], ids=str)
+def test_a_tied_matrix_that_is_not_trained_stays(
+    ranks: int, layout: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = language.build_model
+
+    def frozen(*args: Any, **kwargs: Any) -> nn.Module:
+        model = build(*args, **kwargs)
+        model.embedding.weight.requires_grad_(False)  # type: ignore[union-attr]
+        return model
+
+    monkeypatch.setattr(language, "build_model", frozen)
+    found = parity(recipe(parallel=layout), ranks)
+    assert "embedding.weight" not in found.gradients
+    assert found.loss_difference < 1e-9 and found.gradient_difference < 1e-9, found
+
+
+def test_any_seed_will_do() -> None:
+    found = parity(recipe(parallel={"shard": 2}, seed=2**63 - 1), 2, steps=2)
+    assert found.loss_difference < 1e-9, found
+
+
+def test_a_pipeline_resumes_its_own_checkpoint(tmp_path: Path) -> None:
+    """Methods change other things on the last rank than on rank 0, whose changes are kept with the checkpoint."""
+    methods: dict[str, Any] = {"ema": {"decay": 0.5}, "recompute": {}}
+    changes: dict[str, Any] = {"methods": methods, "model": {"layers": 5}}
+    run_as(1, 6, tmp_path / "whole", **changes)
+    for steps in (3, 6):
+        run_as(2, steps, tmp_path / "run", parallel={"pipeline": 2}, **changes)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
+
+
+def test_one_rank_alone_resumes_whatever_one_process_can(tmp_path: Path) -> None:
+    for steps in (3, 6):
+        run_as(1, steps, tmp_path / "run", checkpoint={"mode": "plain"})
+    assert len(losses(tmp_path / "run")) == 6

@@ -1,4 +1,4 @@
-"""Room for messages of a pipeline: made as they are awaited, given back after the backward pass, nothing changed.
+"""Room for a pipeline's messages, its timeline, and parts of boundaries in a whole training.
 
 Needs gloo; `pytest tests/parallel/test_pipeline.py`.
 """
@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from headway.parallel.local import run_ranks
 from headway.parallel.parity import parity
 from headway.parallel.pipeline.room import Room, buffers
+from headway.parallel.pipeline.tables import Action, schedule_table
+from headway.parallel.pipeline.trace import Span, chrome_trace
 from tests.parallel.recipes import recipe
 from tests.parallel.test_pipeline_boundary import D, T, data, runner_of
 
@@ -61,6 +63,32 @@ def test_room_is_taken_only_while_a_micro_batch_is_at_work() -> None:
             assert before >= MICRO * BOUNDARY, "torch has room for every micro-batch"
             if name == "1f1b":
                 assert most <= (2 - rank) * BOUNDARY, (rank, most / BOUNDARY)
+
+
+def test_a_timeline_shows_every_rank_following_its_table() -> None:
+    def work(rank: int) -> list[list[Span]]:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pipeline",))
+        found = []
+        for name, chunks in SCHEDULES:
+            _, runner = runner_of(rank, mesh, name, chunks, MICRO, False)
+            for _ in range(2):
+                runner.forward_backward(data(B * MICRO), 1)
+            found.append(runner.timeline())
+        return found
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    for (name, chunks), spans in zip(SCHEDULES, first, strict=True):
+        table = schedule_table(name, 2, chunks, MICRO)
+        for rank, actions in enumerate(table):
+            own = [Action(span.kind, span.stage, span.micro) for span in spans if span.rank == rank]  # type: ignore[arg-type]
+            assert own == actions, (name, rank)
+        ends = {(span.kind, span.stage, span.micro): span.end for span in spans}
+        for span in spans:
+            if span.kind == "forward" and span.stage:
+                assert span.end > ends["forward", span.stage - 1, span.micro], "after the stage before"
+        events = chrome_trace(spans)["traceEvents"]
+        assert sum(event["ph"] == "X" for event in events) == sum(map(len, table))
 
 
 @pytest.mark.parametrize("pipeline", [{"degree": 2}, {"degree": 2, "chunks": 2, "schedule": "zbv-zero-bubble"}])

@@ -114,6 +114,16 @@ class PipelineRunner:
         """This rank's passes of the last step, for ``chrome_trace``: host times on the machine's own clock."""
         return sorted((span for stage in self._wrapped for span in stage.spans), key=lambda span: span.start)
 
+    def timeline(self) -> list[Span]:
+        """The passes of the last step on all of the pipeline's ranks, in the order of time; all of them ask.
+
+        The times of ranks can be compared where they share a clock: on one machine.
+        """
+        everywhere: list[Any] = [None] * self.cuts.ranks
+        dist.all_gather_object(everywhere, [tuple(span) for span in self.events()], group=self.group)
+        spans = [Span(*span) for own in everywhere for span in own]
+        return sorted(spans, key=lambda span: (span.start, span.rank))
+
     @property
     def sent_bytes(self) -> int:
         """What this rank has sent to other stages so far, forward and backward."""

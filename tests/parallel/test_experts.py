@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from headway.core.errors import MethodError, RecipeError
+from headway.core.errors import MethodError, ModelError, RecipeError
 from headway.layers.capacity import Capacity
 from headway.layers.experts import Experts, MoE
 from headway.layers.router import Router
@@ -285,6 +286,8 @@ def test_what_cannot_be_divided_is_refused() -> None:
             expert_parallel(torch.nn.Linear(2, 2), mesh["expert"])
         with pytest.raises(MethodError, match="all-to-all"):
             expert_parallel(layer(), mesh["expert"], dispatcher="all-to-al")
+        with pytest.raises(ModelError, match=r"order \[1, 0\]"):
+            expert_parallel(layer(), DeviceMesh("cpu", torch.tensor([1, 0])))
         model = layer()
         expert_parallel(model, dist.group.WORLD)
         with pytest.raises(MethodError, match="divided already"):

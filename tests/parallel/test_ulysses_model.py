@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from headway.core.errors import DataError, HeadwayError, ModelError, RecipeError
 from headway.layers.attention import attention
@@ -185,12 +185,14 @@ def test_what_cannot_be_divided_is_refused_and_all_can_be_undone() -> None:
         undo_sequence_parallel(model)
         assert all(block.attention.attend is attention for block in model.blocks)
         model.hidden(part["tokens"])
+        said.append(_said(lambda: sequence_parallel(model, DeviceMesh("cpu", torch.tensor([1, 0])))))
         uneven = model_of("uneven")
         said.append(" ".join(sequence_parallel(uneven, mesh, kind="ulysses")))
         return said
 
     expected = ["in a Linear", "'rings'", "ring: of 3 does not make rings of 2", "dynamic", "already",
-                "a Llama that shares its sequences", "hold 24", "cannot generate", "2 attentions"]  # fmt: skip
+                "a Llama that shares its sequences", "hold 24", "cannot generate", "order [1, 0]",
+                "2 attentions"]  # fmt: skip
     for said in run_ranks(2, work):
         assert all(part in text for part, text in zip(expected, said, strict=True)), said
 

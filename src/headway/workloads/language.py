@@ -91,7 +91,7 @@ class Language(Workload):
         """The recipe's model with the tokenizer's vocabulary filled in.
 
         Raises:
-            RecipeError: the vocabulary is too small for the tokenizer, or the context for the sequences; or a new router
+            RecipeError: the vocabulary is too small for the tokenizer, or the context for the sequences; or a router
                 could learn nothing.
         """
         config: Any = self.recipe.model
@@ -108,8 +108,11 @@ class Language(Workload):
         if sequence > getattr(config, "context", sequence):
             raise RecipeError("data.sequence", got=sequence, expected=f"at most model.context ({config.context})")
         if config.family == "moe" and config.top_k == 1 and config.normalize and not self.recipe.train.from_:
-            raise RecipeError("model.normalize", "divides the weight of one chosen expert by itself: it is 1 whatever the "
-                              "router does, which then learns nothing", hint="normalize: false, or top_k: 2")  # fmt: skip
+            raise RecipeError(
+                "model.normalize",
+                "divides the weight of the one chosen expert by itself: it is always 1, and the router learns nothing",
+                hint="normalize: false, or top_k: 2",
+            )
         return config
 
     def build_model(self, config: Options) -> nn.Module:

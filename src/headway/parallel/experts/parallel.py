@@ -15,6 +15,7 @@ from headway.core.surgery import Absent
 from headway.layers.experts import Experts, MoE
 from headway.parallel.experts.dispatcher import DISPATCHERS, Dispatcher
 from headway.parallel.experts.grids import EXPERTS, Grids, check_experts
+from headway.parallel.order import rising_group
 
 # The dimension of an expert's width F in each stacked matrix: gate and up [E, F, D], down [E, D, F].
 WIDTH_DIMENSION = {"gate": 1, "up": 1, "down": 2}
@@ -60,6 +61,7 @@ def expert_parallel(
     Raises:
         RecipeError: the ranks do not divide the experts or their width.
         MethodError: the model has no MoE layer, its layers are divided already, or there is no such dispatcher.
+        ModelError: the ranks' order in a mesh is not that of their group.
     """
     mesh = _mesh(expert, expert_tensor)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
@@ -70,9 +72,9 @@ def expert_parallel(
     ep, et = mesh.size(0), mesh.size(1) if mesh.ndim == 2 else 1
     for name, moe in layers.items():
         _check(name, moe, ep, et, sequence)
+    groups = [rising_group(mesh, "parallel.experts", dimension) for dimension in range(mesh.ndim)]
     for moe in layers.values():
         count = moe.experts.count
-        groups = mesh.get_group(0), mesh.get_group(1) if mesh.ndim == 2 else None
         _divide(moe.experts, mesh)
         moe.dispatch = DISPATCHERS[dispatcher](count, *groups, capacity=moe.capacity, sequence=sequence, node=node)
     said = [f"{len(layers)} MoE layers over {ep} expert ranks{f' x {et} expert_tensor ranks' * (et > 1)}, {dispatcher}"]

@@ -15,6 +15,7 @@ from headway.core.clip import local
 from headway.core.errors import ModelError
 from headway.models import gpt2, llama
 from headway.models.gpt2 import GPT2
+from headway.parallel.order import rising_group
 from headway.parallel.sequence.batch import Layout, ring_size
 from headway.parallel.sequence.exchange import Link
 from headway.parallel.sequence.ring import ring_attention
@@ -79,7 +80,7 @@ def sequence_parallel(
 
     Raises:
         ModelError: the model has no attention that is known, its attention is replaced already, or its positions
-            depend on the length of the sequence.
+            depend on the length of the sequence; or the ranks' order is not that of their group.
         RecipeError: ``ring`` does not divide the ranks.
     """
     if kind not in KINDS:
@@ -94,7 +95,7 @@ def sequence_parallel(
         raise ModelError("model.rope_scaling", "is dynamic: it depends on the length of the sequence, of which a rank "
                          "has a part", hint="take yarn or llama3")  # fmt: skip
     rings = ring_size(kind, mesh.size(), ring)
-    attend, sent, words = _attention(kind, mesh.get_group(), rings, layout)
+    attend, sent, words = _attention(kind, rising_group(mesh, WHERE), rings, layout)
     for module in found:
         module.attend = SharedAttention(attend, module.attend, mesh.size(), sent)
     _require_positions(model)

@@ -21,6 +21,7 @@ from headway.layers.chunks import check_log_decay
 from headway.layers.linear_attention import CHUNK, linear_attention
 from headway.models.gla import GatedLinearAttention
 from headway.models.llama import Attention
+from headway.parallel.order import rising_group
 from headway.parallel.sequence.lasp import ScanMethod, StateCarry
 from headway.parallel.sequence.links import Links, document_before, links_of
 
@@ -132,11 +133,7 @@ def scan_parallel(
             not that of their group.
     """
     kind: Any = "zeco" if method == "all-scan" else method
-    group = mesh.get_group()
-    ranks, members = mesh.mesh.flatten().tolist(), dist.get_process_group_ranks(group)
-    if ranks != members:
-        raise ModelError("parallel.sequence", f"has its ranks in the order {ranks}, and their group is {members}",
-                         hint="make the mesh of rising ranks: states go from one to the next of the group")  # fmt: skip
+    group = rising_group(mesh, "parallel.sequence")
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, GatedLinearAttention)}
     if not mixers:
         raise ModelError("parallel.sequence", f"has no linear attention to divide in a {type(model).__name__}",

@@ -292,9 +292,9 @@ experiment = Experiment(
         Expectation("gap_llama3", "2.8 points", at_least(0.5), title="Llama3-8x70B: points that folding adds"),
         Expectation("gap_qwen2", "3.7 points", at_least(0.5), title="Qwen2-57B-A14B: points that folding adds"),
         Expectation("gap_g8t8", "11.7 points", at_least(0.5), title="Mixtral-8x22B-G8T8: points that folding adds"),
-        Expectation("gap_kept", "11.7 points", at_least(6.0),
+        Expectation("gap_kept", "11.7 points; a regression check, see the notes", at_least(6.0),
                     title="Mixtral-8x22B-G8T8: points that folding adds where no block is recomputed"),
-        Expectation("gap_kept_over_others", "8.0 points more than on any other model", at_least(1.0),
+        Expectation("gap_kept_over_others", "8.0 points more than on others; a regression check", at_least(1.0),
                     title="Mixtral-8x22B-G8T8: the same above that of the other models"),
         Expectation("simulator_worst", "", at_most(3.0), title="largest factor between printed and simulated"),
     ),
@@ -308,6 +308,7 @@ experiment = Experiment(
         "the best mapping of each family, with recomputed blocks where that is faster. It ranks Qwen2's TP+EP+DP above "
         "FSDP+EP, where the table has 23.1 below 25.4. Recomputed blocks are a way out for an unfolded mapping of the "
         "fine-grained model, without tensor ranks: with them folding adds 3 points there, as on the other models, and "
-        "not the table's 12; without them it adds 10, the most of all. We take the latter for the paper's setting."
+        "not the table's 12; without them it adds 10, the most of all. We take the latter for the paper's setting; as "
+        "that was chosen after both were seen, its two rows show what the simulator gives and are no evidence of a gap."
     ),
 )  # fmt: skip

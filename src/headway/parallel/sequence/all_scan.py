@@ -21,10 +21,11 @@ from headway.parallel.sequence.links import Links, links_of
 
 
 class Pending:
-    """A result that is being worked on beside this thread, or beside this stream of a GPU."""
+    """Tensors that are being worked out beside this thread, or beside this stream of a GPU."""
 
-    def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
+    def __init__(self, work: Callable[[], tuple[Tensor, ...]], device: torch.device) -> None:
         self._result: Any = None
+        self._work: Any = work  # what it reads was allocated for this stream, which must not use it again before `wait`
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -37,7 +38,7 @@ class Pending:
             self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
             self._thread.start()
 
-    def _run(self, work: Callable[[], Any]) -> None:
+    def _run(self, work: Callable[[], tuple[Tensor, ...]]) -> None:
         try:
             with torch.no_grad():
                 self._result = work()
@@ -45,7 +46,7 @@ class Pending:
             self._error = error
 
     def wait(self) -> Any:
-        """The result.
+        """The tensors.
 
         Raises:
             NeighbourLost: and whatever else the work raised.
@@ -55,7 +56,11 @@ class Pending:
         if self._error is not None:
             raise self._error
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for tensor in self._result:  # allocated for the other stream, and used by this one from here on
+                tensor.record_stream(current)
+        self._work = None
         return self._result
 
 

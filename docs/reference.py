@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: cli.md, api.md and the tables of recipe.md. Run: make docs."""
+"""Write the reference pages from the code: cli.md, api.md, the tables of recipe.md and parallel.md. Run: make docs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,26 @@ START, END = "<!-- tables: made by `make docs` from the code -->", "<!-- end of 
 
 def pages() -> dict[Path, str]:
     """Page -> the text that it should have."""
-    recipe = DOCS / "recipe.md"
-    before, _, rest = recipe.read_text(encoding="utf-8").partition(START)
-    after = rest.partition(END)[2]
     return {
-        recipe: f"{before}{START}\n\n{_recipe_tables()}\n{END}{after}",
+        DOCS / "recipe.md": _with_tables(DOCS / "recipe.md", _recipe_tables()),
+        DOCS / "parallel.md": _with_tables(DOCS / "parallel.md", _methods_on_ranks()),
         DOCS / "cli.md": _cli(),
         DOCS / "api.md": _api(),
     }
+
+
+def _with_tables(page: Path, tables: str) -> str:
+    before, _, rest = page.read_text(encoding="utf-8").partition(START)
+    return f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}"
+
+
+def _methods_on_ranks() -> str:
+    columns = ("replicate", "shard", "sequence", "tensor", "pipeline", "experts")
+    rows = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for name in registry.names("methods"):
+        able = registry.find("methods", name, "methods").card.parallel
+        rows.append(f"| `{name}` | {' | '.join('yes' if column in able else '' for column in columns)} |")
+    return "\n".join(rows) + "\n"
 
 
 def _recipe_tables() -> str:

@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+import headway.parallel.engine
+import headway.parallel.experts.parallel
+import headway.parallel.pipeline
+import headway.parallel.sequence.linear
+import headway.parallel.tensor  # noqa: F401
 from headway.core.build import build_trainer
 from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer

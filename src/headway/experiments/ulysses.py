@@ -292,7 +292,7 @@ experiment = Experiment(
     notes=(
         "Ranks are processes on one machine: bytes and memory are counted, learning is real, and speed is a model of "
         "latency and rate of links (8 ranks to a machine, 300 GB/s inside, 40 GB/s between, 400 TFLOP/s), not a claim. "
-        "The two rows of crossing points are regression checks of that model: their bounds were set around what it gave. "
+        "The two rows of crossing points are regression checks of it: their bounds were set around what it gave. "
         "The bytes of Megatron's are a formula, and were not counted. "
         "Curves are of plain SGD: with momentum at a rate on the edge of stability, rounding alone drives runs apart."
     ),

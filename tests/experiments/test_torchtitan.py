@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headway.experiments import torchtitan, torchtitan_costs
-from headway.experiments.llama_1b import WAYS, tokens_per_second
+from headway.experiments.llama_1b import WAYS, tokens_per_second, utilization
 from headway.experiments.torchtitan import LAYOUTS, QUICK, WITH_EXPERTS, exactness, experiment, resumed_elsewhere
 from headway.experiments.torchtitan_costs import LADDER
 from headway.parallel import engine
@@ -67,7 +67,8 @@ def test_the_arms_of_a_gpu_run(way: str) -> None:
     size = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 128, "vocab": 300, "context": 32}
     if way == "transformers":
         pytest.importorskip("transformers")
-    assert tokens_per_second(way, 1, size, "cpu") > 0
+    rate = tokens_per_second(way, 1, size, "cpu")
+    assert rate > 0 and 0 < utilization({way: rate}, size, "cpu")[way] < 1
 
 
 def test_what_is_expected_stays_what_it_was() -> None:

@@ -11,8 +11,10 @@ import torch
 
 from headway.core.build import build_trainer
 from headway.core.errors import require
-from headway.core.meters import synchronize
+from headway.core.meters import matmul_peak, synchronize
 from headway.core.recipe import Recipe, merge
+from headway.models.build import empty_model
+from headway.models.config import LlamaConfig
 
 WAYS = ("transformers", "eager", "compiled", "recompute")
 SIZE: dict[str, Any] = {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 8192,
@@ -46,6 +48,19 @@ def tokens_per_second(way: str, steps: int, size: dict[str, Any] = SIZE, device:
     if where.type == "cuda":
         torch.cuda.empty_cache()
     return rate
+
+
+def utilization(rates: dict[str, float], size: dict[str, Any] = SIZE, device: str = "cuda") -> dict[str, float]:
+    """By way: arithmetic of the model at that rate over the measured peak of the device's products in bf16.
+
+    Args:
+        rates: tokens per second.
+    """
+    with torch.device("meta"):
+        model: Any = empty_model(LlamaConfig(**size))
+    per_token = model.flops_per_token(size["context"])
+    peak = matmul_peak(torch.bfloat16, torch.device(device))
+    return {way: rate * per_token / peak for way, rate in rates.items()}
 
 
 def _headway(way: str, size: dict[str, Any], device: str) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ from headway.core.train import train
 from headway.experiments.base import Expectation, Experiment, Measurement, Quick, at_least, at_most, between
 from headway.experiments.context import Context
 from headway.experiments.evidence import Figure, Series
-from headway.experiments.llama_1b import WAYS, tokens_per_second
+from headway.experiments.llama_1b import WAYS, tokens_per_second, utilization
 from headway.experiments.statistics import bootstrap
 from headway.experiments.torchtitan_costs import (
     LADDER,
@@ -215,9 +215,10 @@ def _gpu(context: Context) -> dict[str, Measurement]:
     rates = {
         way: context.keep(f"1B {way}", partial(tokens_per_second, way, 3 if context.quick else 20)) for way in WAYS
     }
+    used = context.keep("1B utilization", partial(utilization, rates))
     for way, rate in rates.items():
-        context.say(f"1B, {way}: {rate:,.0f} tokens/s")
-    return {f"gpu_{way}": Measurement(rate / rates["transformers"], note=f"{rate:,.0f} tokens/s")
+        context.say(f"1B, {way}: {rate:,.0f} tokens/s, {used[way]:.0%} of the measured peak")
+    return {f"gpu_{way}": Measurement(rate / rates["transformers"], note=f"{rate:,.0f} tokens/s, {used[way]:.0%}")
             for way, rate in rates.items() if way != "transformers"}  # fmt: skip
 
 

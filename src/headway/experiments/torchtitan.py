@@ -126,7 +126,8 @@ def resumed_elsewhere(folder: Path) -> dict[str, float]:
 
     def run_as(ranks: int, layout: dict[str, Any], steps: int, run: Path) -> None:
         # 12 sequences can be shared among 4, 3 and 2 ranks.
-        changed = _recipe({"parallel": layout, "train": {"steps": steps, "batch": 12}, "checkpoint": {"keep": 2}})
+        changed = _recipe({"parallel": layout, "train": {"steps": steps, "batch": 12}, "schedule": {"warmup": 0},
+                           "checkpoint": {"keep": 2}})  # fmt: skip
         run_ranks(ranks, lambda rank: train(changed, run=run) and None)
 
     run_as(1, {}, CHAIN_STEPS * len(CHAIN), folder / "whole")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+from headway.core import state
 from headway.core.run import Run
 from headway.core.train import train
 from headway.parallel.local import run_ranks
@@ -66,3 +68,30 @@ def test_one_rank_alone_resumes_whatever_one_process_can(tmp_path: Path) -> None
     for steps in (3, 6):
         run_as(1, steps, tmp_path / "run", checkpoint={"mode": "plain"})
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_parameters_without_gradients_have_no_state_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = language.build_model
+
+    def with_one_more(*args: Any, **kwargs: Any) -> nn.Module:
+        model: Any = build(*args, **kwargs)
+        model.blocks[1].unused = nn.Parameter(torch.ones(4, 4))
+        return model  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(language, "build_model", with_one_more)
+    run_as(1, 6, tmp_path / "whole")
+    for layout in ("shard", "pipeline"):
+        for steps in (3, 6):
+            run_as(2, steps, tmp_path / layout, parallel={layout: 2})
+        assert losses(tmp_path / layout) == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
+
+
+def test_gpus_may_come_and_go_between_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their random states are in a checkpoint as far as there were GPUs; here they are made up."""
+    of_cpu = state.rng_state
+    run_as(2, 3, tmp_path, parallel={"shard": 2})
+    for steps, gpus in ((6, 2), (9, 1), (12, 0)):
+        found = {"cuda": [torch.get_rng_state()] * gpus} if gpus else {}
+        monkeypatch.setattr(state, "rng_state", lambda found=found: {**of_cpu(), **found})
+        run_as(2, steps, tmp_path, parallel={"shard": 2})
+    assert len(losses(tmp_path)) == 12

@@ -95,6 +95,8 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     if elsewhere := _offered(model, optimizer):
         optimizer.load_states({elsewhere[name]: values for name, values in state.items()})  # type: ignore[attr-defined]
         return
+    for name in trained.keys() - state.keys():
+        inner.state.pop(trained[name], None)
     for name, values in state.items():
         master = trained[name]
         inner.state[master] = {
@@ -138,7 +140,7 @@ def load_rng_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def seed_everything(seed: int) -> None:

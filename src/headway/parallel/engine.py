@@ -348,8 +348,12 @@ class ParallelEngine(Engine):
             return None
         make_optimizer_state(trainer.optimizer)
         state = trainer.state_dict()
-        loaded: Any = trainer.checkpointer.load(into=state)  # type: ignore[call-arg]
-        own = {key: {name: loaded[key][name] for name in state[key]} for key in ("model", "optimizer")}
+        state["rng"].pop("cuda", None)  # `begin_step` seeds the GPUs, of which there may be others now
+        # A parameter that never had a gradient, has no state of the optimizer's either.
+        loaded: Any = trainer.checkpointer.load(into=state, optional=["optimizer"])  # type: ignore[call-arg]
+        loaded["rng"].pop("cuda", None)
+        own = {key: {name: loaded[key][name] for name in state[key] if name in loaded[key]}
+               for key in ("model", "optimizer")}  # fmt: skip
         return {**loaded, **own}  # without the names of what other stages hold
 
     def to_save(self, state: dict[str, Any]) -> dict[str, Any]:

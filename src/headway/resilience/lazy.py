@@ -10,6 +10,7 @@ arXiv 2406.10707.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -152,7 +153,7 @@ class LazyCheckpointer(SavedStates):
         """
         return optimizer.register_step_pre_hook(lambda *_: self.fence())
 
-    def load(self, into: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    def load(self, into: dict[str, Any] | None = None, optional: Collection[str] = ()) -> dict[str, Any] | None:
         """The state of the newest complete checkpoint, or None if there is none.
 
         A damaged one is passed over, through ``fallback``, for the one before it. Under torch.distributed all
@@ -161,6 +162,7 @@ class LazyCheckpointer(SavedStates):
         Args:
             into: a state whose tensors are read in place, each DTensor its own parts; names as they were saved. Without
                 it, whole tensors on the CPU.
+            optional: keys of ``into`` under which an entry that was not saved is left out of what comes back.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged, the newest was written by a newer Headway, or
@@ -169,12 +171,12 @@ class LazyCheckpointer(SavedStates):
         if self._made is not None:
             self._made.drain()
         if self._ranks.world == 1:
-            found = self._newest(into)
+            found = self._newest(into, optional)
             return found and found[1]
         topic, self._loads = f"load-{self._loads}", self._loads + 1
         if self._ranks.rank == 0:
             try:
-                found = self._newest(into)
+                found = self._newest(into, optional)
             except BaseException as error:
                 self._ranks.tell(topic, {"error": str(error)})
                 raise
@@ -183,7 +185,7 @@ class LazyCheckpointer(SavedStates):
         chosen = self._ranks.hear(topic, 0)
         if "error" in chosen:
             raise CheckpointError(str(self.folder), f"rank 0 cannot load it ({chosen['error']})")
-        return self._read(Path(chosen["path"]), into, verified=True) if chosen["path"] else None
+        return self._read(Path(chosen["path"]), into, optional, verified=True) if chosen["path"] else None
 
     def status(self) -> dict[int, str]:
         """Step -> how far its checkpoint is, for those saved since the last `wait`: ``staging``, ``staged``,

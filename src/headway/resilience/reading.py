@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,17 @@ class SavedStates:
         """
         return self._read(Path(path))
 
-    def _newest(self, into: Any = None) -> tuple[Path, dict[str, Any]] | None:
+    def _newest(self, into: Any = None, optional: Collection[str] = ()) -> tuple[Path, dict[str, Any]] | None:
         problems: list[str] = []
         found = checkpoints(self.folder)
         for step, path in found.items():
             try:
-                state = self._read(path, into)
+                state = self._read(path, into, optional)
             except DamagedError as error:
                 if not path.exists():
-                    return self._newest(into)  # the run that writes here has just removed it, and so has a newer one
+                    return self._newest(
+                        into, optional
+                    )  # the run that writes here has just removed it, and so has a newer one
                 self._damaged.add(path)
                 problems.append(str(error))
                 continue
@@ -79,7 +82,9 @@ class SavedStates:
             )
         return None
 
-    def _read(self, path: Path, into: Any = None, verified: bool = False) -> dict[str, Any]:
+    def _read(
+        self, path: Path, into: Any = None, optional: Collection[str] = (), verified: bool = False
+    ) -> dict[str, Any]:
         """The state in ``path``; its tensors those of ``into``, filled, if that is given."""
         from headway.resilience.flatten import flatten, unflatten
         from headway.resilience.tensors import fill_tensors, read_tensors
@@ -88,13 +93,14 @@ class SavedStates:
             raise CheckpointError(str(path), "there is no such checkpoint")
         if not verified and STATE not in verify(path)["files"]:
             raise DamagedError(str(path), f"has no {STATE}")
-        if into is None:
-            tensors = read_tensors(path)
-        else:
-            tensors = flatten(into, sharded=True)[1]
-            fill_tensors(path, tensors)
         try:
-            return unflatten(json.loads((path / STATE).read_bytes()), tensors, partial=into is not None)
+            plain = json.loads((path / STATE).read_bytes())
+            if into is None:
+                return unflatten(plain, read_tensors(path))
+            saved = {key: {name: v for name, v in into[key].items() if name in plain[key]} for key in optional}
+            tensors = flatten({**into, **saved}, sharded=True)[1]
+            fill_tensors(path, tensors)
+            return unflatten(plain, tensors, partial=True)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(str(path / STATE), f"cannot be read ({error})") from error
 

@@ -201,7 +201,7 @@ def _costs(context: Context) -> dict[str, Measurement]:
         "interleaving": Measurement(gain),
     }
     if not quick:
-        times = context.keep("times", partial(time_ratios, 256, 5))
+        times = context.keep("times", partial(time_ratios, 1024, 4))
         found["recompute_time"] = Measurement.of(bootstrap(times["nothing"]))
         found["selective_time"] = Measurement.of(bootstrap(times["attention"]))
         compiled = context.keep("compiled", partial(compile_ratios, 256, 5))

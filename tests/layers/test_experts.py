@@ -81,6 +81,16 @@ def test_rows_and_gradients_in_any_order_of_memory(dtype: torch.dtype) -> None:
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("dtype", "capacity"), [(torch.float32, None), (torch.bfloat16, Capacity(0.5))])
+def test_compiled_it_is_the_same(dtype: torch.dtype, capacity: Capacity | None) -> None:
+    torch._dynamo.reset()
+    model = layer(hidden=16, dtype=dtype, capacity=capacity)
+    compiled = torch.compile(model, backend="aot_eager")  # traces, and needs no C++ compiler
+    x = torch.randn(2, 9, 16, dtype=dtype)
+    for ours, theirs in zip(gradients(compiled, model, x), gradients(model, model, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_grouped_product_and_loop_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     rows, weight = torch.randn(30, 8, requires_grad=True), torch.randn(4, 12, 8, requires_grad=True)

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.launcher import api
 
 from headway.core import state
+from headway.core.errors import RecipeError
 from headway.core.run import Run
 from headway.core.train import train
+from headway.parallel.engine import ParallelEngine
+from headway.parallel.launch import TO_SAVE, launch
 from headway.parallel.local import run_ranks
 from headway.parallel.parity import parity
 from headway.workloads import language
@@ -95,3 +99,30 @@ def test_gpus_may_come_and_go_between_resumes(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(state, "rng_state", lambda found=found: {**of_cpu(), **found})
         run_as(2, steps, tmp_path, parallel={"shard": 2})
     assert len(losses(tmp_path)) == 12
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = object.__new__(ParallelEngine)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engine.device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(RecipeError, match="this machine has 2 for 4 ranks"):
+        engine.device(torch.device("cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert engine.device(torch.device("cuda")) == torch.device("cuda", 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert engine.device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_ranks_have_time_to_save_when_they_are_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's own 30 seconds would kill a large run in the middle of its last checkpoint."""
+    configs: list[Any] = []
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: configs.append(config))
+    assert launch(["train"], 2) == 0
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert configs[0].shutdown_timeout == TO_SAVE >= 300

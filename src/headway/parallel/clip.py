@@ -23,7 +23,9 @@ def shards(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def clip_divided_(params: Iterable[Tensor], max_norm: float | None, holders: int, skip: set[Tensor]) -> Tensor:
+def clip_divided_(
+    params: Iterable[Tensor], max_norm: float | None, holders: int, skip: set[Tensor], group: Any = None
+) -> Tensor:
     """Scale all gradients in place so that their joint 2-norm is at most ``max_norm``; all ranks call it.
 
     Args:
@@ -31,6 +33,7 @@ def clip_divided_(params: Iterable[Tensor], max_norm: float | None, holders: int
         max_norm: ``None`` or infinity measures only.
         holders: ranks that hold each parameter, whole or a part of it.
         skip: parameters that other ranks hold and count too, though they are not among the holders.
+        group: all ranks, to carry one number on the CPU; default: the process group.
 
     Returns:
         The norm before clipping, the same on every rank; not finite if any part is.
@@ -44,7 +47,7 @@ def clip_divided_(params: Iterable[Tensor], max_norm: float | None, holders: int
         weights = torch.tensor([shards(p) / holders for p, _ in counted], dtype=torch.float64)
         norms = torch.stack(torch._foreach_norm([g for _, g in counted], 2, dtype=torch.float64)).cpu()
         square = (norms.square() * weights).sum()
-    dist.all_reduce(square)
+    dist.all_reduce(square, group=group)
     norm = square.sqrt()
     if max_norm is not None and math.isfinite(value := float(norm)) and value > max_norm and grads:
         torch._foreach_mul_(grads, max_norm / (value + 1e-6))

@@ -11,6 +11,7 @@ shard: FSDP2 around what is left       shard
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from headway.core.clip import local
 from headway.core.engine import Engine
+from headway.core.errors import RecipeError
 from headway.core.method import ForwardBackward, Gradients, Loss
 from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer
@@ -32,7 +34,7 @@ from headway.parallel.legality import SCAN_KINDS, check_layout, micro_batch, seq
 from headway.parallel.mesh import Mesh, settle
 from headway.parallel.sequence.stream import SharedSequences
 from headway.parallel.shard import reshard, shard_weights
-from headway.parallel.start import join_ranks, local_rank
+from headway.parallel.start import join_ranks, local_rank, ranks_on_machine
 from headway.parallel.states import make_optimizer_state, tensors_of, with_others, without
 from headway.resilience.folders import checkpoints
 
@@ -100,10 +102,18 @@ class ParallelEngine(Engine):
         return self.share if self.layout.pipeline > 1 else self.micro_batch
 
     def device(self, wanted: torch.device) -> torch.device:
-        """The GPU of this rank's number on its machine."""
+        """The GPU of this rank's number on its machine.
+
+        Raises:
+            RecipeError: there are fewer GPUs than ranks, and NCCL has no two ranks share one.
+        """
         if wanted.type != "cuda":
             return wanted
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+        gpus, ranks = torch.cuda.device_count(), ranks_on_machine()
+        if ranks > gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:  # through which each may be given its own
+            raise RecipeError("train.device", f"gives each rank a GPU, and this machine has {gpus} for {ranks} ranks",
+                              hint=f"start {gpus}, or take train.device=cpu")  # fmt: skip
+        return torch.device("cuda", local_rank() % gpus)
 
     def split(self, model: nn.Module, workload: Workload) -> nn.Module:
         """Keep this rank's part of the model and teach it to talk to the others'."""
@@ -231,7 +241,7 @@ class ParallelEngine(Engine):
             for parameter in shared:
                 dist.all_reduce(local(parameter.grad), group=self._pair)  # type: ignore[arg-type]
             trained = [p for group in optimizer.param_groups for p in group["params"]]
-            return clip_divided_(trained, clip, holders, elsewhere)
+            return clip_divided_(trained, clip, holders, elsewhere, self._control)
 
         return gradients
 

@@ -16,6 +16,9 @@ from headway.core.errors import HeadwayError
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit statuses of ranks that were asked to stop and have saved."""
 
+TO_SAVE = 300
+"""Seconds that ranks which are asked to stop have for the step that they are at and for saving."""
+
 
 def launch(command: Sequence[str], ranks: int) -> int:
     """Run ``headway COMMAND`` as ``ranks`` processes; rank 0 has this terminal, the others are silent.
@@ -36,6 +39,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
 
     for name in ("agent.server.api", "multiprocessing.api"):  # they print long accounts of a failure; ours is below
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TO_SAVE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with tempfile.TemporaryDirectory(prefix="headway-ranks-") as folder:
         config = LaunchConfig(

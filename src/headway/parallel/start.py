@@ -41,6 +41,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_on_machine() -> int:
+    """How many processes there are on this one's machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

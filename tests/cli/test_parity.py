@@ -83,3 +83,13 @@ def test_layouts_are_all_products_and_experts_get_all_their_grids():
 def test_help_says_what_is_compared(word, capsys):
     assert main(["parity", "--help"]) == 0
     assert word in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_pipeline_is_drawn(recipe, tmp_path, capsys):
+    command = ["parity", str(recipe), *EXACT, "--ranks", "2", "--steps", "2", "--trace", str(tmp_path / "trace.json")]
+    assert main([*command, "parallel.pipeline=2"]) == 0
+    rows = [row for row in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if row["ph"] == "X"]
+    assert {row["tid"] for row in rows} == {0, 1} and len(rows) % 4 == 0, "forward and backward on both ranks"
+    capsys.readouterr()
+    assert main([*command, "parallel.shard=2"]) == 2
+    assert "shard 2 has none" in capsys.readouterr().err

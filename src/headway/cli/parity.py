@@ -34,6 +34,10 @@ def parity(
             help="Largest relative difference of a loss or gradient.",
         ),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write the pipeline's passes of the last step, for Chrome."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Train a few steps in one process and on N ranks, on the CPU, from the same weights and data; compare losses and
@@ -53,6 +57,8 @@ def parity(
         layout = settled(loaded, ranks)
         note(f"training {steps} steps in one process, then on {ranks} ranks ({layout})")
         found = compare(loaded, ranks, steps)
+        if trace is not None:
+            _write_trace(found, trace)
         print_json(_facts(found, limit)) if json else _print(found, limit)
         raise typer.Exit(_status(found, limit))
     note(f"training {steps} steps in one process")
@@ -63,6 +69,18 @@ def parity(
     else:
         _print_all(results, refused, limit)
     raise typer.Exit(max((_status(found, limit) for found in results.values()), default=1))
+
+
+def _write_trace(found: Parity, path: Path) -> None:
+    from headway.core.errors import HeadwayError
+    from headway.core.files import write_json
+    from headway.parallel.pipeline.trace import chrome_trace
+
+    if not found.timeline:
+        raise HeadwayError("--trace", f"draws the passes of a pipeline, and {found.layout} has none",
+                           hint="set parallel.pipeline")  # fmt: skip
+    write_json(path, chrome_trace(found.timeline))
+    note(f"wrote {path}: open it in chrome://tracing or ui.perfetto.dev")
 
 
 def _try_all(

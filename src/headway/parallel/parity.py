@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from headway.core.build import build_trainer
 from headway.core.recipe import Recipe
 from headway.core.trainer import Trainer
 from headway.parallel.local import run_ranks
+from headway.parallel.pipeline.trace import Span
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Parity:
     gradients: dict[str, float]
     """Parameter -> largest difference of its gradient in the first step, relative to the largest gradient."""
     changes: list[str]
+    timeline: list[Span] = field(default_factory=list)
+    """The passes of the last step through a pipeline's stages, for ``chrome_trace``."""
 
     @property
     def loss_difference(self) -> float:
@@ -80,13 +83,14 @@ def parity(recipe: Recipe, ranks: int, steps: int = 3, control: Control | None =
         HeadwayError: the recipe cannot be run or laid out so; a rank failed.
     """
     alone = control or one_process(recipe, steps)
-    losses, gradients, layout, changes = run_ranks(ranks, _train, recipe, steps)[0]
+    losses, gradients, report, timeline = run_ranks(ranks, _train, recipe, steps)[0]
     largest = max(float(g.abs().max()) for g in alone.gradients.values())
     differences = {name: float((gradients[name] - g).abs().max()) / largest for name, g in alone.gradients.items()}
-    return Parity(layout, ranks, list(zip(alone.losses, losses, strict=True)), differences, changes)
+    layout, changes = report.get("layout", "one rank"), report.get("changes", [])
+    return Parity(layout, ranks, list(zip(alone.losses, losses, strict=True)), differences, changes, timeline)
 
 
-def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor], str, list[str]]:
+def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor], dict[str, Any], list[Span]]:
     trainer = build_trainer(recipe)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
@@ -101,9 +105,9 @@ def _train(_: int, recipe: Recipe, steps: int) -> tuple[list[float], dict[str, T
     trainer.gradients = keep
     for _step in range(steps):
         losses.append(trainer.train_step()["loss"])
+    timeline: list[Span] = trainer.engine.timeline()  # type: ignore[attr-defined]  # before the evaluation's passes
     losses.append(trainer.evaluate()["eval_loss"])
-    report = trainer.engine.report()
-    return losses, gradients, report.get("layout", "one rank"), report.get("changes", [])
+    return losses, gradients, trainer.engine.report(), timeline
 
 
 def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:

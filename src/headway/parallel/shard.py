@@ -41,7 +41,7 @@ def shard_weights(
     """
     dtype = DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-    # Stages of a pipeline run once for each micro-batch: gathering their weights each time would cost more than it saves.
+    # A pipeline's stages run once for each micro-batch: to gather their weights each time costs more than it saves.
     again = None if parts[0] is model else False
     blocks = [block for block in structure(model).blocks if not isinstance(block, Absent)]
     if experts is not None:

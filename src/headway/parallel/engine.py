@@ -40,6 +40,7 @@ from headway.resilience.folders import checkpoints
 
 if TYPE_CHECKING:
     from headway.parallel.pipeline import Cuts, PipelineRunner, Stage
+    from headway.parallel.pipeline.trace import Span
 
 SHARED = "embedding.weight"
 """The matrix that embedding and head may share."""
@@ -382,6 +383,10 @@ class ParallelEngine(Engine):
     def model_size(self, trainer: Trainer) -> tuple[int, float]:
         """Of the model before it was divided."""
         return self._size
+
+    def timeline(self) -> list[Span]:
+        """The passes of the last step through the pipeline's stages; empty without a pipeline. All ranks call it."""
+        return self._runner.timeline() if self._runner is not None else []
 
     def report(self) -> dict[str, Any]:
         """The layout, and what was done to the model."""

@@ -53,7 +53,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
             r"of 1 does not fit zbv.*take 2"),
     "one matrix in two stages of a rank": (
         4, {"parallel": {"pipeline": {"degree": 2, "chunks": 2, "schedule": "zbv-zero-bubble"}, "shard": 2},
-            "train": {"batch": 8}}, r"model.tied.* 2 ranks.*false"),
+            "train": {"batch": 8}}, r"model.tied.* 2 ranks cannot share.*false"),
     "chunks without a pipeline": (2, {"parallel": {"shard": 2, "pipeline": {"chunks": 2}}}, "its degree is 1"),
     "too few micro-batches": (4, {"parallel": {"pipeline": 4}, "train": {"micro_batch": 2}},
                               r"2 micro-batches .*4 sequences, fewer than the 4 stages.*take 1 or less"),

@@ -18,7 +18,7 @@ def test_other_samples_on_one_rank_are_found_out_in_the_first_step() -> None:
 
     first, second = run_ranks(2, work, 0)
     assert first == second
-    with pytest.raises(RankFailed, match="parallel.sequence: has ranks 1 of 2 read other samples"):
+    with pytest.raises(RankFailed, match=r"parallel\.sequence: has ranks 1 of 2 read other samples"):
         run_ranks(2, work, 5)
 
 

@@ -71,19 +71,6 @@ def test_messages():
     assert formulas.tensor_elements(1, 2, 3, 4, 7) == pytest.approx(4 * 7 * formulas.ring_elements(6, 4))
 
 
-def test_the_best_micro_batch_is_that_of_brute_force():
-    def seconds(b: int) -> float:
-        return 0.4 + 0.1 * b  # a launch, and work
-
-    for share, pipeline in ((16, 1), (16, 4), (64, 8), (12, 3)):
-        best, times = formulas.best_micro_batch(share, pipeline, seconds)
-        brute = {b: (share // b + pipeline - 1) * seconds(b) for b in range(1, share + 1) if share % b == 0}
-        assert times == pytest.approx(brute)
-        assert best == min(brute, key=brute.get)
-    with pytest.raises(ValueError, match="divides 7"):
-        formulas.best_micro_batch(7, 2, seconds, sizes=[2, 4])
-
-
 def test_checkpoints_that_need_the_least_memory():
     layers, kept, inner = 24, 1.0, 17.0
     best = formulas.best_checkpoints(layers, kept, inner)

@@ -32,8 +32,9 @@ from headway.memory.recompute import RecomputedBlock
 from headway.models.build import build_model
 from headway.models.config import GPT2Config
 from headway.parallel.parity import parity
+from headway.parallel.pipeline.micro_batch import choose_micro_batch
 from headway.parallel.pipeline.tables import schedule_table
-from headway.plan.cluster.formulas import best_micro_batch, gpt_parameters
+from headway.plan.cluster.formulas import gpt_parameters
 from headway.plan.cluster.hardware import Reach
 from headway.plan.cluster.simulator import Task, simulate
 
@@ -147,7 +148,7 @@ def _micro_batch(context: Context) -> dict[str, Measurement]:
     seconds = {b: forward + backward for b, (forward, backward) in zip(sizes, passes)}
     agreed = []
     for p in (1, 2, 4, 8):
-        chosen, _ = best_micro_batch(share, p, seconds.__getitem__, sizes)
+        chosen, _ = choose_micro_batch(seconds, share, 1, p)
         tried = {}
         for b, (forward, backward) in zip(sizes, passes):
             by_kind = {"forward": forward, "backward": backward}

@@ -171,8 +171,8 @@ def _pipeline(recipe: Recipe, layout: Layout) -> None:
                 "take 2")  # fmt: skip
     sharded = layout.world // layout.pipeline // layout.tensor
     if name == "zbv-zero-bubble" and sharded > 1 and getattr(recipe.model, "tied", False):
-        _refuse("model.tied", f"has one rank of zbv-zero-bubble use the embedding in two stages, of which {sharded} ranks "
-                "cannot share the weights", "set it to false, or take schedule interleaved-zero-bubble")  # fmt: skip
+        _refuse("model.tied", f"has a rank of zbv-zero-bubble use the embedding in two stages, whose weights {sharded} "
+                "ranks cannot share", "set it to false, or take schedule interleaved-zero-bubble")  # fmt: skip
     if name in ("gpipe", "1f1b") and chunks > 1:
         _refuse("parallel.pipeline.chunks", f"of {chunks} does not fit {name}, which has one stage on each rank",
                 "take 1, or schedule interleaved-1f1b")  # fmt: skip

@@ -9,7 +9,6 @@ Source: Narayanan et al., SC'21, arXiv 2104.04473 (PTD-P).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 
 
 def gpt_parameters(layers: int, hidden: int, vocab: int, sequence: int) -> int:
@@ -77,29 +76,6 @@ def step_time(micro_batches: float, pipeline: int, forward: float, backward: flo
     Source: equation 1, with section 2.2.2 for chunks.
     """
     return (micro_batches + (pipeline - 1) / chunks) * (forward + backward)
-
-
-def best_micro_batch(
-    share: int, pipeline: int, seconds: Callable[[int], float], sizes: Iterable[int] | None = None
-) -> tuple[int, dict[int, float]]:
-    """The micro-batch ``b`` with the least ``T(b) = (b'/b + p - 1) (t_f(b) + t_b(b))``, and T of all that divide b'.
-
-    Args:
-        share: sequences of a step per pipeline, ``b' = B / d``.
-        seconds: forward and backward seconds of a rank's layers for one micro-batch of that size, as measured on one
-            device.
-        sizes: those to choose from; by default every divisor of ``share``.
-
-    Raises:
-        ValueError: none of the sizes divides the share.
-
-    Source: equation 1.
-    """
-    tried = [b for b in (range(1, share + 1) if sizes is None else sizes) if share % b == 0]
-    if not tried:
-        raise ValueError(f"no micro-batch that divides {share}")
-    times = {b: step_time(share // b, pipeline, seconds(b), 0.0) for b in tried}
-    return min(times, key=lambda b: (times[b], b)), times
 
 
 def best_checkpoints(layers: int, input_bytes: float, inner_bytes: float) -> float:

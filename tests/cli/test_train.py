@@ -127,7 +127,7 @@ def shipped(name: str) -> str:
     return str(Path(__file__).resolve().parents[2] / "recipes" / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gpt2-bytes", "methods"])
+@pytest.mark.parametrize("name", ["quickstart", "gpt2-bytes", "methods", "gla", "moe"])
 def test_the_shipped_recipes_train(name, recipe):
     data = ["data.source=text", "data.path=text", "data.validation_fraction=0.2", "data.vocab=300"]
     model = ["model.layers=1", "model.hidden=32", "model.heads=2"]
@@ -141,5 +141,5 @@ def test_the_shipped_recipe_for_fine_tuning_trains(recipe, trained):
 
 
 def test_every_shipped_recipe_is_tried_here():
-    tried = {"quickstart", "gpt2-bytes", "methods", "finetune"}
+    tried = {"quickstart", "gpt2-bytes", "methods", "finetune", "gla", "moe"}
     assert {path.stem for path in Path(shipped("x")).parent.glob("*.yaml")} == tried

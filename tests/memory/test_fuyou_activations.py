@@ -70,7 +70,7 @@ def test_recompute_needs_no_store() -> None:
     got = gradients(model)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert activations.reused == 0
-    assert activations.recomputed == 12
+    assert activations.recomputed == 21  # seven products in each of three blocks
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.int64))  # an evaluation passes through
     activations.close()
@@ -105,7 +105,7 @@ def test_the_blocks_last_product_is_no_unit_where_nobody_needs_it_again() -> Non
     activations.close()
 
 
-@pytest.mark.parametrize(("rate", "swapped"), [(1e15, 12), (1.0, 0)])
+@pytest.mark.parametrize(("rate", "swapped"), [(1e15, 21), (1.0, 0)])
 def test_auto_decides_by_the_cost_model(rate: float, swapped: int) -> None:
     model = build_model(LLAMA, seed=0)
     expected = gradients(model)

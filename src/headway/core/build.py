@@ -38,6 +38,7 @@ def build_trainer(
     """
     recipe = _settled(recipe)
     engine = engine or engine_for(recipe)
+    engine.recipe = recipe  # a memory plan may have chosen another micro-batch
     use_log(FallbackLog(recipe.strict))
     seed_everything(recipe.seed)
     methods = resolve(recipe)

@@ -428,7 +428,7 @@ experiment = Experiment(
                     title="bytes of states that a rank receives, over heads x dk x dv"),
         Expectation("bytes_ratio", "P - 1", between(3.0, 3.0),
                     title="bytes of states, LASP-2 / All-Scan, four ranks"),
-        Expectation("growth_zeco", "0.226 to 2.165 ms for 32 times the GPUs", at_most(2.5),
+        Expectation("growth_zeco", "0.226 to 2.165 ms for 32 times the GPUs", at_most(2.0),
                     title="time of the exchange from 2 to 8 ranks, All-Scan, injected links"),
         Expectation("growth_lasp1", "22.6 to 113.7 ms a layer for 16 times the GPUs", at_least(5.0),
                     quick=at_least(2.2), title="the same, LASP-1"),

@@ -31,7 +31,7 @@ from headway.core.workload import StepBatch, Workload
 from headway.models.structure import structure
 from headway.parallel.clip import clip_divided_
 from headway.parallel.legality import SCAN_KINDS, check_layout, micro_batch, sequence_kind
-from headway.parallel.mesh import Mesh, settle
+from headway.parallel.mesh import Mesh, own_group, settle
 from headway.parallel.sequence.stream import SharedSequences
 from headway.parallel.shard import reshard, shard_weights
 from headway.parallel.start import join_ranks, local_rank, ranks_on_machine
@@ -160,11 +160,7 @@ class ParallelEngine(Engine):
         """The ranks that share sequences; with GPUs by gloo, which carries batches before they are on a device."""
         if not torch.cuda.is_available():
             return self.mesh["sequence"].get_group()
-        own = None
-        for group in self.layout.groups("sequence"):
-            made = dist.new_group(group, backend="gloo")
-            own = made if self.rank in group else own
-        return own
+        return own_group(self.layout.groups("sequence"), self.rank, "gloo")
 
     def _part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         from headway.parallel.sequence.batch import shard_batch
@@ -252,12 +248,7 @@ class ParallelEngine(Engine):
         if not self._tied or self._cuts is None or self._cuts.rank_of(self._cuts.stages - 1) == 0:
             return None
         last = self._cuts.rank_of(self._cuts.stages - 1)
-        own = None
-        for group in self.layout.groups("pipeline"):  # every rank takes part in making every group
-            pair = [group[0], group[last]]
-            made = dist.new_group(pair)
-            own = made if self.rank in pair else own
-        return own
+        return own_group(([group[0], group[last]] for group in self.layout.groups("pipeline")), self.rank)
 
     def forward_backward(self, model: nn.Module, loss: Loss) -> ForwardBackward:
         """One micro-batch; with a pipeline, all of them, through its stages."""

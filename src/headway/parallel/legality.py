@@ -10,7 +10,7 @@ from typing import Any
 from headway.core import registry
 from headway.core.errors import RecipeError
 from headway.core.recipe import Recipe
-from headway.parallel.mesh import Layout, one_of
+from headway.parallel.mesh import Layout, divisors, one_of
 
 INTERLEAVED = ("interleaved-1f1b", "interleaved-zero-bubble")
 ATTENTION_KINDS = ("ulysses", "ring", "usp")
@@ -34,7 +34,7 @@ def _refuse(where: str, what: str, hint: str = "") -> None:
 
 
 def _fits(number: int, total: int, near: int | None = None) -> str:
-    return one_of((d for d in range(1, total + 1) if total % d == 0), near or number)
+    return one_of(divisors(total), near or number)
 
 
 def _whole_run(recipe: Recipe, layout: Layout) -> None:
@@ -137,7 +137,7 @@ def _sequence(recipe: Recipe, layout: Layout) -> None:
                 f"take {one_of(near)}")  # fmt: skip
     if kind == "usp" and (options.ring == 1 or degree % options.ring):
         _refuse("parallel.sequence.ring", f"of {options.ring} does not make rings of {degree} ranks",
-                f"take {one_of(d for d in range(2, degree + 1) if degree % d == 0)}")  # fmt: skip
+                f"take {one_of(divisors(degree)[1:])}")  # fmt: skip
     if kind in ("ulysses", "usp"):
         heads: int = model.heads // layout.tensor  # type: ignore[attr-defined]
         exchanged = degree // (options.ring if kind == "usp" else 1)

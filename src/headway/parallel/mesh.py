@@ -108,7 +108,8 @@ def settle(options: ParallelOptions, world: int, batch: int | None = None) -> La
             below = world - world % product
             near = " or ".join(str(n) for n in (below, below + product) if n)
             raise RecipeError("parallel", f"{asked} makes groups of {product} ranks, which do not make up {world}",
-                              hint=f"start {near} ranks, or take {_divisors(world)} for the product")  # fmt: skip
+                              hint=f"start {near} ranks, or take {one_of(divisors(world))} for the "
+                              "product")  # fmt: skip
         shard = world // product
         if product == 1 and batch is not None and batch % shard:
             shard = math.gcd(batch, world)
@@ -122,8 +123,9 @@ def settle(options: ParallelOptions, world: int, batch: int | None = None) -> La
     return Layout(shard=shard, expert=options.experts.degree, expert_tensor=options.experts.tensor, **fixed)
 
 
-def _divisors(number: int) -> str:
-    return one_of(d for d in range(1, number + 1) if number % d == 0)
+def divisors(number: int) -> list[int]:
+    """The numbers that divide it, rising."""
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def one_of(numbers: Iterable[int], near: int | None = None, most: int = 8) -> str:
@@ -133,6 +135,17 @@ def one_of(numbers: Iterable[int], near: int | None = None, most: int = 8) -> st
         listed = sorted(sorted(listed, key=lambda n: abs(n - near))[:most])
     listed = listed[:most] if near is None else listed
     return " or ".join([", ".join(map(str, listed[:-1])), str(listed[-1])] if len(listed) > 1 else map(str, listed))
+
+
+def own_group(groups: Iterable[list[int]], rank: int, backend: str | None = None) -> Any:
+    """The process group that ``rank`` is in; every rank takes part in making every group, in the same order."""
+    import torch.distributed as dist
+
+    own = None
+    for group in groups:
+        made = dist.new_group(group, backend=backend)
+        own = made if rank in group else own
+    return own
 
 
 class Mesh:

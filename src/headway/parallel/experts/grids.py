@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headway.core.errors import RecipeError
+from headway.parallel.mesh import divisors, one_of
 
 ATTENTION = ("pipeline", "data", "sequence", "tensor")
 EXPERTS = ("pipeline", "expert_data", "expert", "expert_tensor")
@@ -121,7 +122,7 @@ def unfolded(world: int, *, pipeline: int = 1, sequence: int = 1, tensor: int = 
     data = world // (pipeline * sequence * tensor)
     if data % expert:
         raise RecipeError("parallel.experts", f"of {expert} ranks is no part of the {data} data ranks",
-                          hint=f"take {_one_of(d for d in range(1, data + 1) if data % d == 0)}, or fold")  # fmt: skip
+                          hint=f"take {one_of(divisors(data))}, or fold")  # fmt: skip
     # Experts are copied over the sequence ranks as well: those join the expert_data dimension.
     ranks = []
     for p, d, s, e, t in itertools.product(*map(range, (pipeline, data // expert, sequence, expert, tensor))):
@@ -178,11 +179,11 @@ def check_experts(where: str, experts: int, expert: int, width: int, expert_tens
     """
     if experts % expert:
         raise RecipeError(f"{where}.degree", f"of {expert} does not divide the {experts} experts",
-                          hint=f"take {_one_of(_divisors(experts))}")  # fmt: skip
+                          hint=f"take {one_of(divisors(experts))}")  # fmt: skip
     if width % expert_tensor:
-        near = [d for d in _divisors(width) if d <= 2 * expert_tensor]
+        near = [d for d in divisors(width) if d <= 2 * expert_tensor]
         raise RecipeError(f"{where}.tensor", f"of {expert_tensor} does not divide the {width} channels of an expert",
-                          hint=f"take {_one_of(near)}")  # fmt: skip
+                          hint=f"take {one_of(near)}")  # fmt: skip
 
 
 def _check(
@@ -190,7 +191,7 @@ def _check(
 ) -> None:
     if world % pipeline:
         raise RecipeError("parallel.pipeline", f"of {pipeline} stages does not divide {world} ranks",
-                          hint=f"take {_one_of(_divisors(world))}")  # fmt: skip
+                          hint=f"take {one_of(divisors(world))}")  # fmt: skip
     stage = world // pipeline
     attention, experts = sequence * tensor, expert * expert_tensor
     left = f"the {stage} ranks of a stage ({world} ranks / pipeline {pipeline})"
@@ -218,13 +219,4 @@ def _nearest(stage: int, one: int, other: int) -> list[tuple[int, int]]:
 
 
 def _pairs(stage: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in _divisors(stage) for b in _divisors(stage // a)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _one_of(numbers: Iterator[int] | list[int]) -> str:
-    listed = [str(n) for n in numbers]
-    return " or ".join([", ".join(listed[:-1]), listed[-1]]) if len(listed) > 1 else listed[0]
+    return [(a, b) for a in divisors(stage) for b in divisors(stage // a)]

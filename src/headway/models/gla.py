@@ -21,24 +21,21 @@ from torch import Tensor, nn
 
 from headway.layers.embedding import Embedding
 from headway.layers.linear_attention import linear_attention
-from headway.layers.linear_cross_entropy import linear_cross_entropy
 from headway.layers.norm import RMSNorm
 from headway.layers.swiglu import swiglu
 from headway.models.config import GLAConfig
+from headway.models.decoder import Decoder
 from headway.models.llama import Attention, FeedForward, Rope
 from headway.models.recurrent_cache import RecurrentCache
-from headway.models.structure import Structure
 
 __all__ = ["GLA", "Block", "GatedLinearAttention"]
 
 
-class GLA(nn.Module):
+class GLA(Decoder):
     """A causal language model with gated linear attention; ``build_model`` gives it its weights."""
 
     residual_projections = ("mixer.out.weight", "mlp.down.weight")
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
-    plain_head = True
-    """The logits are ``hidden @ head_weight.T`` and nothing else."""
 
     def __init__(self, config: GLAConfig) -> None:
         super().__init__()
@@ -49,7 +46,6 @@ class GLA(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
-        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy  # tensor parallelism has its own
 
     def embed(
         self,
@@ -87,51 +83,6 @@ class GLA(nn.Module):
                 positions = torch.arange(start, start + length, device=device)  # [T]
             rope = self.rope(positions, start + length, dtype)
         return {"rope": rope, "segments": segments, "cache": cache}
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: RecurrentCache | None = None,
-    ) -> Tensor:
-        """The residual stream after the final norm.
-
-        Args:
-            tokens: int64 [B, T].
-            positions: integer [T] or [B, T]; by default they count on from the cache's length.
-            segments: integer [B, T], the document of each token, which starts with an empty state. Not with a cache.
-            cache: from ``new_cache``; it takes up the new tokens.
-
-        Returns:
-            [B, T, D].
-        """
-        x, shared = self.embed(tokens, positions=positions, segments=segments, cache=cache)
-        for block in self.blocks:
-            x = block(x, **shared)
-        return self.norm(x)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: RecurrentCache | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V]; arguments as for ``hidden``."""
-        hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
-        return F.linear(hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]: the embedding itself where the head is tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
-
-    def structure(self) -> Structure:
-        """The parts that methods work on."""
-        return Structure(self.embedding, self.blocks, self.norm, self.head or self.embedding)
 
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of a forward and backward pass per token, in sequences of ``sequence`` tokens.

@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from headway.core.errors import ModelError
 from headway.layers.attention import attention
 from headway.layers.embedding import Embedding
-from headway.layers.linear_cross_entropy import linear_cross_entropy
 from headway.models.cache import KVCache
 from headway.models.config import GPT2Config
-from headway.models.structure import Structure
+from headway.models.decoder import Decoder
 
 __all__ = ["GPT2", "Attention", "Block", "FeedForward"]
 
 
-class GPT2(nn.Module):
+class GPT2(Decoder):
     """A causal language model of the GPT-2 family; ``build_model`` gives it its weights."""
 
     residual_projections = ("attention.out.weight", "mlp.down.weight")
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
-    plain_head = True
-    """The logits are ``hidden @ head_weight.T`` and nothing else."""
     tensor_plan: ClassVar[dict[str, str]] = {
         "embedding": "vocabulary",
         "positions": "positions",
@@ -56,8 +53,6 @@ class GPT2(nn.Module):
         self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
         # Tensor parallelism has its own of these, and this rank's share of the heads.
-        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
-        self.head_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout
         self.cached_heads = config.heads
 
@@ -102,54 +97,6 @@ class GPT2(nn.Module):
     ) -> dict[str, Any]:
         """What every block gets beside the residual stream; positions are in the stream already."""
         return {"segments": segments, "cache": cache}
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """The residual stream after the final norm.
-
-        Args:
-            tokens: int64 [B, T].
-            positions: integer [T] or [B, T]; by default from the cache's length, or from each document's start.
-            segments: integer [B, T], the document of each token; attention stays within a document. Not with a cache.
-            cache: from ``new_cache``; it takes up the new tokens.
-
-        Returns:
-            [B, T, D].
-
-        Raises:
-            ModelError: the sequence is longer than the model has positions.
-        """
-        x, shared = self.embed(tokens, positions=positions, segments=segments, cache=cache)
-        for block in self.blocks:
-            x = block(x, **shared)
-        return self.norm(x)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V]; arguments as for ``hidden``."""
-        hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
-        return self.head_logits(hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]: the embedding itself where the head is tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
-
-    def structure(self) -> Structure:
-        """The parts that methods work on."""
-        return Structure(self.embedding, self.blocks, self.norm, self.head or self.embedding)
 
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of a forward and backward pass per token, in sequences of ``sequence`` tokens.

@@ -19,24 +19,21 @@ from torch import Tensor, nn
 
 from headway.layers.attention import attention
 from headway.layers.embedding import Embedding
-from headway.layers.linear_cross_entropy import linear_cross_entropy
 from headway.layers.norm import RMSNorm
 from headway.layers.rope import apply_rope, rope_frequencies, rope_tables
 from headway.layers.swiglu import swiglu
 from headway.models.cache import KVCache
 from headway.models.config import LlamaConfig
-from headway.models.structure import Structure
+from headway.models.decoder import Decoder
 
 __all__ = ["Attention", "Block", "FeedForward", "Llama"]
 
 
-class Llama(nn.Module):
+class Llama(Decoder):
     """A causal language model of the Llama family; ``build_model`` gives it its weights."""
 
     residual_projections: tuple[str, ...] = ("attention.out.weight", "mlp.down.weight")
     """Endings of the parameters that write into the residual stream; their initial values shrink with depth."""
-    plain_head = True
-    """The logits are ``hidden @ head_weight.T`` and nothing else."""
     tensor_plan: ClassVar[dict[str, str]] = {
         "embedding": "vocabulary",
         "blocks.*.attention_norm": "enter",
@@ -65,8 +62,6 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.hidden, self.vocab, bias=False)
         # Tensor parallelism has its own of these, and this rank's share of the key and value heads.
-        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
-        self.head_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.drop: Callable[[Tensor, float, bool], Tensor] = F.dropout
         self.cached_heads = config.kv_head_count
 
@@ -106,51 +101,6 @@ class Llama(nn.Module):
         elif self.rope.dynamic:
             end = int(positions.max()) + 1
         return {"rope": self.rope(positions, end, dtype), "segments": segments, "cache": cache}
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """The residual stream after the final norm.
-
-        Args:
-            tokens: int64 [B, T].
-            positions: integer [T] or [B, T]; by default they count on from the cache's length.
-            segments: integer [B, T], the document of each token; attention stays within a document. Not with a cache.
-            cache: from ``new_cache``; it takes up the new tokens.
-
-        Returns:
-            [B, T, D].
-        """
-        x, shared = self.embed(tokens, positions=positions, segments=segments, cache=cache)
-        for block in self.blocks:
-            x = block(x, **shared)
-        return self.norm(x)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V]; arguments as for ``hidden``."""
-        hidden = self.hidden(tokens, positions=positions, segments=segments, cache=cache)
-        return self.head_logits(hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]: the embedding itself where the head is tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
-
-    def structure(self) -> Structure:
-        """The parts that methods work on."""
-        return Structure(self.embedding, self.blocks, self.norm, self.head or self.embedding)
 
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of a forward and backward pass per token, in sequences of ``sequence`` tokens.
